@@ -2,13 +2,14 @@
 
 import asyncio
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime, timedelta
 from itertools import count
 from typing import Any
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
+from qlora_api.v1alpha1 import Toleration
 from qlora_operator.cluster.interface import (
     AdmissionDeniedError,
     ClusterBusyError,
@@ -64,6 +65,8 @@ class FakeCluster:
         self.admission_error: AdmissionDeniedError | None = None
         self.patch_error: AdmissionDeniedError | None = None
         """Why a change of labels is refused, if it is."""
+        self.placement: tuple[Mapping[str, str], tuple[Toleration, ...]] = ({}, ())
+        """Node labels and tolerations that the installation gives to training pods."""
         self.update_error: AdmissionDeniedError | None = None
         """Why every change of a child is refused, if it is: a policy, or a webhook that does not answer."""
         self.invalid_status: Callable[[Manifest], str | None] = lambda _: None

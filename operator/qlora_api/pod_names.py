@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import AfterValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from qlora_api import names
@@ -19,6 +19,7 @@ RESERVED_ENVIRONMENT: Final = (
 CA_VARIABLES: Final = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE")
 """Where boto3, requests, OpenSSL (httpx of the hub's client, urllib) and curl read the path of their CA bundle."""
 PROXY_VARIABLES: Final = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+"""Set from `pods.proxy`, in upper and lower case."""
 _PROXY_SPELLINGS: Final = "|".join(name for upper in ("ALL_PROXY", *PROXY_VARIABLES) for name in (upper, upper.lower()))
 _DEDICATED: Final = f"^({'|'.join(CA_VARIABLES)}|{_PROXY_SPELLINGS})$"
 RESERVED_LABELS: Final = (
@@ -27,15 +28,18 @@ RESERVED_LABELS: Final = (
 )
 """The operator finds its pods by its own, the Job controller by its own, and Kueue would admit the pods by its own."""
 RESERVED_ANNOTATIONS: Final = r"^(([a-z0-9.-]+\.)?qlora\.dev/.*|batch\.kubernetes\.io/.*)$"
+"""Those of the operator and of the Job controller."""
 CA_VOLUME: Final = "ca-bundle"
 CA_MOUNT: Final = "/etc/qlora-ca"
 """Where the CA bundle is mounted, read-only."""
 RESERVED_VOLUMES: Final = f"^(config|work|tmp|token|shm|{CA_VOLUME}|secret-.*|claim-.*)$"
 RESERVED_PATHS: Final = (
-    f"^/?$|^({names.CONFIG_MOUNT}|{CA_MOUNT}|{names.WORK_MOUNT}|/tmp|/dev|/proc|/sys|/var/run/qlora|/run/qlora)(/.*)?$"
-    r"|^(/etc|/run|/var|/var/run|/usr|/bin|/lib|/lib64|/sbin)/?$|/\.\.?(/|$)|//"
+    f"^/?$|^({names.CONFIG_MOUNT}|{CA_MOUNT}|{names.WORK_MOUNT}|/tmp|/dev|/proc|/sys|/var/run/qlora|/run/qlora|"
+    "/opt/qlora|/opt/qlora-operator)(/.*)?$"
+    r"|^(/etc|/opt|/run|/var|/var/run|/usr|/bin|/lib|/lib64|/sbin)/?$|/\.\.?(/|$)|//"
 )
-"""Mounts of the operator and of the runtime, the folders that contain those, and ways around: '.', '..' and '//'."""
+"""Mounts of the operator and of the runtime, the code of the images, the folders that contain those, and ways around:
+'.', '..' and '//'."""
 
 _NAME: Final = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
 _OPTIONAL_NAME: Final = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?$"
@@ -135,6 +139,7 @@ VolumeName = Annotated[
 MountPath = Annotated[
     str,
     _Text("^/.*$", "write an absolute path", RESERVED_PATHS, "covers a folder that the pod needs; choose another path"),
+    AfterValidator(lambda path: path.rstrip("/")),
 ]
 LabelKey = Annotated[str, _Text(_LABEL_KEY, _KEY_FIX)]
 LabelValue = Annotated[str, _VALUE]

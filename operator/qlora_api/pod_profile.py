@@ -24,6 +24,9 @@ from qlora_api.pod_names import (
     VolumeName,
 )
 
+MAX_NAMESERVERS: Final = 3
+MAX_SEARCHES: Final = 32
+"""What Kubernetes allows in dnsConfig (pkg/apis/core/validation)."""
 _URL: Final = r"^(https?://[^\s/]+.*)?$"
 
 
@@ -63,6 +66,12 @@ class EnvironmentSource(ApiModel):
     config_map_key_ref: KeySelector | None = None
     secret_key_ref: KeySelector | None = None
     field_ref: FieldSelector | None = None
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError("valueFrom has not exactly one source; write one, such as configMapKeyRef")
+        return self
 
 
 class EnvironmentVariable(ApiModel):
@@ -116,8 +125,8 @@ class DnsOption(ApiModel):
 class DnsConfig(ApiModel):
     """Settings of the resolver, in addition to those of dnsPolicy."""
 
-    nameservers: tuple[IpAddress, ...] = Field(default=(), max_length=3)
-    searches: tuple[str, ...] = Field(default=(), max_length=32)
+    nameservers: tuple[IpAddress, ...] = Field(default=(), max_length=MAX_NAMESERVERS)
+    searches: tuple[str, ...] = Field(default=(), max_length=MAX_SEARCHES)
     options: tuple[DnsOption, ...] = ()
 
 
@@ -128,6 +137,7 @@ class Volume(ApiModel):
     config_map: Object | None = None
     secret: Object | None = None
     projected: Object | None = None
+    downward_api: Annotated[Object | None, Field(alias="downwardAPI")] = None
     persistent_volume_claim: Object | None = None
     empty_dir: Object | None = None
     ephemeral: Object | None = None
@@ -201,7 +211,9 @@ class PodSettings(ApiModel):
     def _keys(self) -> Iterator[tuple[str, list[str]]]:
         yield "env", [variable.name for variable in self.env]
         yield "volumes", [volume.name for volume in self.volumes]
-        yield "volumeMounts", [mount.mount_path.rstrip("/") for mount in self.volume_mounts]
+        yield "volumeMounts", [mount.mount_path for mount in self.volume_mounts]
+        yield "hostAliases", [alias.ip for alias in self.host_aliases]
+        yield "imagePullSecrets", [secret.name for secret in self.image_pull_secrets]
 
 
 class Proxy(ApiModel):

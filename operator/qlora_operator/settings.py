@@ -145,7 +145,8 @@ def _pods(environment: Mapping[str, str]) -> PodProfile:
     """Read the settings of the pods of runs; the chart writes those that were left out as empty."""
     text = environment.get("QLORA_PODS")
     try:
-        return PodProfile.model_validate_json(text) if text else DEFAULT_PROFILE
+        # Helm writes null for values that were set to null, or kept from a chart without them.
+        return PodProfile.model_validate_json(text) if text and text != "null" else DEFAULT_PROFILE
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(("pods", *map(str, first["loc"])))

@@ -8,7 +8,7 @@ WARNING: replicas is 1: if its node fails there is no standby, and no run starts
 WARNING: {{ $key }}.tag {{ $image.tag }} is mutable: attempts of one run may use different images. Set a version, or {{ $key }}.digest.
 {{- end }}
 {{- end }}
-{{- if and .Values.platform.hub.mirror (not .Values.platform.s3.endpoint) }}
+{{- if and (hasPrefix "s3://" (.Values.platform.hub.mirror | default "")) (not .Values.platform.s3.endpoint) }}
 WARNING: platform.hub.mirror is for air-gapped clusters, but platform.s3.endpoint is empty: the mirror is read from AWS.
 {{- end }}
 {{- if not (or .Values.platform.hub.mirror .Values.platform.hub.endpoint) }}

@@ -29,6 +29,10 @@ _RETRYABLE_STATUSES: Final = frozenset({UNAUTHORIZED, 408, TOO_MANY_REQUESTS, 50
 """Transient statuses; 401 is one of them, because the kubelet replaces an expired token."""
 
 
+_FAILED_WEBHOOK: Final = "failed calling webhook"
+"""What the API server says, with status 500, of an admission webhook that does not answer: until somebody mends it."""
+
+
 class ApiError(Exception):
     """The API server rejected a request."""
 
@@ -191,7 +195,7 @@ def _parse_response(response: Response) -> dict[str, Any]:
     if body is None:
         body = {"message": response.text[:200].decode(errors="replace")}
     message = f"{response.status} {body.get('reason', '')}: {body.get('message', '')}"
-    if response.status in _RETRYABLE_STATUSES:
+    if response.status in _RETRYABLE_STATUSES and _FAILED_WEBHOOK not in message:
         raise ClusterBusyError(message)
     error = {404: NotFoundError, 409: ConflictError}.get(response.status, ApiError)
     raise error(response.status, body.get("reason", ""), message)

@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.names import Phase, Role
+from qlora_api.pod_profile import DEFAULT_PROFILE
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, NameConflictError
@@ -53,7 +54,7 @@ async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision 
     except NameConflictError as error:
         return on_name_conflict(error, decision, job, now), created
     except AdmissionDeniedError as error:
-        return on_admission_denied(error, job), created
+        return on_admission_denied(error, job, installation), created
     if decision.action is Action.DELETE_RUNNING_JOBS:
         await delete_running_jobs(job, children, cluster)
     for outdated in outdated_prepare_jobs(job, children):
@@ -81,7 +82,7 @@ async def set_deadlines(
             await cluster.patch(patch)
     except AdmissionDeniedError as error:
         message = f"{decision.message}; its deadline is not set: {error}" if decision.message else str(error)
-        return replace(decision, message=message, requeue_at=None, requeue_after=ADMISSION_DENIED_RETRY)
+        return replace(decision, message=message, requeue_after=ADMISSION_DENIED_RETRY)
     return decision
 
 
@@ -166,11 +167,17 @@ def on_name_conflict(error: NameConflictError, decision: Decision, job: Job, now
     return replace(waiting, preparation=decision.preparation)
 
 
-def on_admission_denied(error: AdmissionDeniedError, job: Job) -> Decision:
-    """Fail if the child can never be created; wait if a policy may change, or if one like it was valid before."""
+def on_admission_denied(error: AdmissionDeniedError, job: Job, installation: Installation) -> Decision:
+    """Fail if the child can never be created; wait if a policy may change, or if one like it was valid before.
+
+    What the installation sets in pods may be what is invalid, and somebody may correct it.
+    """
+    message = str(error)
     if error.permanent and not job.status.attempts:
-        return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error))
-    return Decision(Phase.PENDING, Reason.POD_REJECTED, str(error), requeue_after=ADMISSION_DENIED_RETRY)
+        if installation.pods == DEFAULT_PROFILE:
+            return Decision(Phase.FAILED, Reason.INVALID_SPEC, message)
+        message = f"{message}; correct the spec, or what the chart's values set under pods"
+    return Decision(Phase.PENDING, Reason.POD_REJECTED, message, requeue_after=ADMISSION_DENIED_RETRY)
 
 
 async def delete_running_jobs(job: Job, children: Observation, cluster: Cluster) -> None:

@@ -32,7 +32,7 @@ from qlora_operator.leader_election.installation_lease import KubeInstallationRe
 from qlora_operator.lifecycle import Reception, ReconcileContext, is_terminal
 from qlora_operator.lifecycle.context import NODE_FAILURES_LOAD
 from qlora_operator.progress_server import PodAuthorizer, ProgressEndpoint, ProgressServer, ReportStore
-from qlora_operator.resources import Owner, build_installation_event, build_quarantine_event
+from qlora_operator.resources import Owner, build_installation_event, build_quarantine_event, training_placement
 from qlora_operator.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ class Controller:
         review_api: Api | None = None,
     ) -> None:
         self.settings = settings
+        self._placement = training_placement(settings.installation.pods)
         self.metrics = metrics
         self._time = asyncio.get_running_loop().time
         self.watch_health = WatchHealth(self._time)
@@ -261,6 +262,7 @@ class Controller:
             Reception(self._reports.others(ref), self._reports.resumed_at(ref.namespace)),
             self._installations.claimant(ref.namespace),
             self.settings.gpu_prices,
+            *self._placement,
         )
 
     async def _update_node_failures(self, ref: JobRef, result: ReconcileResult, context: ReconcileContext) -> None:

@@ -93,8 +93,8 @@ async def warn_of_request_without_effect(request: ReconcileRequest, cluster: Clu
     raw, status = request.raw, request.previous_status
     if is_recorded(status, raw.retry_request) or status.phase in {None, Phase.FAILED}:
         return
-    told = status.model_copy(update={"message": describe_no_effect(status)})
-    event = build_event(Owner(raw.ref, raw.uid), f"{raw.resource_version}/retry", told, request.context.now)
+    described = status.model_copy(update={"message": describe_no_effect(status)})
+    event = build_event(Owner(raw.ref, raw.uid), f"{raw.resource_version}/retry", described, request.context.now)
     await cluster.record_event(event)
 
 

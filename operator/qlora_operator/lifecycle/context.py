@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.gpu_prices import NO_PRICES, GpuPrices
-from qlora_api.v1alpha1 import Progress, to_timedelta
+from qlora_api.v1alpha1 import Progress, Toleration, to_timedelta
 from qlora_operator.lifecycle.budgets import LONGEST_WAIT
 from qlora_operator.models import ChildJob, Job
 
@@ -74,6 +74,10 @@ class ReconcileContext:
     """The installation that this operator process belongs to."""
     prices: GpuPrices = NO_PRICES
     """Prices of a GPU-hour in this installation."""
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    """Node labels that the installation requires for training pods."""
+    tolerations: tuple[Toleration, ...] = ()
+    """Tolerations that the installation gives to training pods."""
 
 
 def startup_timeout(job: Job) -> timedelta:

@@ -15,7 +15,7 @@ from typing import Final
 from qlora_api import __version__
 from qlora_api.names import TERMINAL, Phase, Role
 from qlora_api.reasons import Reason
-from qlora_api.v1alpha1 import QLoRAJobStatus
+from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus
 from qlora_api.v1alpha1.status import MAX_PLAN_REASON, MAX_PLAN_REASONS
 from qlora_operator.lifecycle.budgets import retry_at
 from qlora_operator.lifecycle.container_time import stop_counting
@@ -126,7 +126,18 @@ def _decide(job: Job, children: Observation, context: ReconcileContext) -> Decis
 def _prepare(job: Job, children: Observation, number: int, context: ReconcileContext) -> Decision:
     """Follow the preparation; a plan counts a node that no run uses for now like one that is cordoned."""
     gpu_nodes = tuple(_cordon(node, context.quarantined_nodes) for node in children.gpu_nodes)
-    return follow_preparation(job, replace(children, gpu_nodes=gpu_nodes), number, context.now)
+    placed = replace(job, spec=_add_placement(job.spec, context))
+    return follow_preparation(placed, replace(children, gpu_nodes=gpu_nodes), number, context.now)
+
+
+def _add_placement(spec: QLoRAJobSpec, context: ReconcileContext) -> QLoRAJobSpec:
+    """Return the spec with the installation's node labels and tolerations, so that it is planned for the same nodes."""
+    resources = spec.resources
+    placement = {
+        "node_selector": {**context.node_selector, **resources.node_selector},
+        "tolerations": (*resources.tolerations, *context.tolerations),
+    }
+    return spec.model_copy(update={"resources": resources.model_copy(update=placement)})
 
 
 def _cordon(node: Manifest, quarantined: Collection[str]) -> Manifest:

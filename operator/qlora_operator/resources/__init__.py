@@ -4,6 +4,7 @@ from qlora_operator.resources.config_map import build_prepare_config, build_run_
 from qlora_operator.resources.event import build_event, build_installation_event, build_quarantine_event
 from qlora_operator.resources.job import build_deadline, build_prepare_job, build_queue_labels, build_train_job
 from qlora_operator.resources.metadata import Installation, Owner
+from qlora_operator.resources.profile import training_placement
 from qlora_operator.resources.service import build_service
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "build_run_config",
     "build_service",
     "build_train_job",
+    "training_placement",
 ]

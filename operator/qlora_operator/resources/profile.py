@@ -1,12 +1,13 @@
 """Adds what the installation sets to the pod of a run; what the operator sets takes precedence."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from qlora_api.names import MAIN_ADDRESS_ENV, PROGRESS_URL_ENV, Role
 from qlora_api.pod_names import CA_MOUNT, CA_VARIABLES, CA_VOLUME
 from qlora_api.pod_profile import CaBundle, PodProfile, PodSettings, Proxy
+from qlora_api.v1alpha1 import Toleration
 from qlora_operator.models import Manifest
 
 _LIST_KEYS: Final = {
@@ -18,8 +19,10 @@ _INSTALLATION_ONLY: Final = (
     "securityContext",
 )  # fmt: skip
 """Fields that only the installation sets."""
-_CLUSTER_NAMES: Final = ("localhost", "127.0.0.1", "::1", ".svc", ".cluster.local")
-"""What no proxy is asked for: the pod itself, and Services."""
+_CLUSTER_NAMES: Final = (
+    "localhost", "127.0.0.1", "::1", ".svc", ".cluster.local", "169.254.169.254", "metadata.google.internal",
+)  # fmt: skip
+"""What no proxy is asked for: the pod itself, Services, and the node's metadata, from which roles have credentials."""
 
 
 def apply_profile(template: Manifest, profile: PodProfile, role: Role) -> Manifest:
@@ -40,6 +43,13 @@ def apply_profile(template: Manifest, profile: PodProfile, role: Role) -> Manife
         | ({"annotations": settings["annotations"]} if settings.get("annotations") else {}),
         "spec": pod | _pod_fields(settings, profile, pod) | {"containers": [container]},
     }
+
+
+def training_placement(profile: PodProfile) -> tuple[Mapping[str, str], tuple[Toleration, ...]]:
+    """Return the node labels and the tolerations that an installation gives to training pods."""
+    settings = merge_settings(profile, profile.train)
+    tolerations = tuple(map(Toleration.model_validate, settings.get("tolerations", [])))
+    return settings.get("nodeSelector", {}), tolerations
 
 
 def merge_settings(all_pods: PodSettings, of_role: PodSettings) -> dict[str, Any]:

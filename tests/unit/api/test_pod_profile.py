@@ -34,12 +34,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"env": [{"name": "A", "value": 1}]}, "pods.env.0.value"),
     ({"env": [{"name": "A\n", "value": "1"}]}, "pods.env.0.name"),
     ({"env": [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}]}, "pods: env"),
+    ({"env": [{"name": "A", "valueFrom": {}}]}, "pods.env.0.valueFrom"),
+    (
+        {"env": [{"name": "A", "valueFrom": {"fieldRef": {"fieldPath": "x"}, "secretKeyRef": {"name": "a", "key": "b"}}}]},  # noqa: E501
+        "pods.env.0.valueFrom",
+    ),
+    ({"hostAliases": [{"ip": "10.0.0.5", "hostnames": [name]} for name in ("a", "b")]}, "pods: hostAliases"),
+    ({"imagePullSecrets": [{"name": "a"}, {"name": "a"}]}, "pods: imagePullSecrets"),
     ({"volumes": [{"name": "work", "emptyDir": {}}]}, "pods.volumes.0.name"),
     ({"volumes": [{"name": "secret-model", "emptyDir": {}}]}, "pods.volumes.0.name"),
     ({"volumes": [{"name": "models"}]}, "pods.volumes.0"),
     ({"volumeMounts": [{"name": "models", "mountPath": "/models"}]}, "volumeMounts"),
     (mounted_at("/work/models"), "volumeMounts.0.mountPath"),
     (mounted_at("/var/run"), "volumeMounts.0.mountPath"),
+    (mounted_at("/opt"), "volumeMounts.0.mountPath"),
+    (mounted_at("/opt/qlora-operator/qlora_trainer"), "volumeMounts.0.mountPath"),
     (mounted_at("/a/../work"), "volumeMounts.0.mountPath"),
     (mounted_at("models"), "volumeMounts.0.mountPath"),
     ({"securityContext": {"runAsUser": 0}}, "pods.securityContext.runAsUser"),
@@ -70,6 +79,7 @@ def test_refusal_says_what_to_do_instead() -> None:
         read_settings(IMAGE | {"QLORA_PODS": '{"env": [{"name": "HTTPS_PROXY", "value": "http://proxy"}]}'})
 
 
-def test_operator_without_the_variable_keeps_the_user_of_the_image() -> None:
-    assert read_settings(IMAGE).installation.pods == DEFAULT_PROFILE
+@pytest.mark.parametrize("variable", [{}, {"QLORA_PODS": ""}, {"QLORA_PODS": "null"}])
+def test_operator_without_the_variable_keeps_the_user_of_the_image(variable: dict[str, str]) -> None:
+    assert read_settings(IMAGE | variable).installation.pods == DEFAULT_PROFILE
     assert DEFAULT_PROFILE.security_context.run_as_user == 65532

@@ -22,7 +22,13 @@ async def reconcile_now(cluster: FakeCluster, report: Progress | None = None) ->
     now = cluster.now + cluster.clock_skew
     others = Reception((now,) if cluster.others_reported_at is None else cluster.others_reported_at)
     watch = ReconcileContext(
-        now, report, cluster.reports_since, quarantined_nodes=cluster.quarantined_nodes, reception=others
+        now,
+        report,
+        cluster.reports_since,
+        quarantined_nodes=cluster.quarantined_nodes,
+        reception=others,
+        node_selector=cluster.placement[0],
+        tolerations=cluster.placement[1],
     )
     return await reconcile(REF, cluster, INSTALLATION, watch)
 

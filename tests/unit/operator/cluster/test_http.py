@@ -67,6 +67,13 @@ async def test_status_code_maps_to_error_class(api: Api, status: int, kind: type
     assert type(refusal.value) is kind
 
 
+def test_webhook_that_does_not_answer_refuses_the_request() -> None:
+    text = b'{"reason": "InternalError", "message": "Internal error occurred: failed calling webhook \\"x\\": timeout"}'
+    with pytest.raises(ApiError, match="failed calling webhook") as refusal:
+        _parse_response(Response(500, "", text))
+    assert refusal.value.status == 500
+
+
 @pytest.mark.parametrize("busy", [1, MAX_TRIES - 1])
 async def test_retry_after_is_honored(busy: int, api: Api, calls: list[float]) -> None:
     assert await api.request("GET", f"/busy/{busy}") == {"reason": "Any"}

@@ -1,6 +1,7 @@
 """Reconciles of a QLoRAJob from start to end on an in-memory cluster, with and without crashes."""
 
 import json
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from qlora_api import names
 from qlora_api.accelerators import NVIDIA
 from qlora_api.model_config import reduce_config
 from qlora_api.names import Phase
+from qlora_api.pod_profile import PodProfile
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Progress
@@ -19,6 +21,7 @@ from qlora_operator.controller.reconcile import reconcile
 from qlora_operator.lifecycle import ReconcileContext
 from qlora_operator.lifecycle.job_deadline import SAFETY_MARGIN
 from qlora_operator.models import Manifest
+from qlora_operator.resources import training_placement
 from tests.fakes import FakeCluster
 from tests.make import (
     INSTALLATION,
@@ -155,6 +158,17 @@ async def test_invalid_child_fails_run(cluster: FakeCluster) -> None:
     cluster.admission_error = AdmissionDeniedError("Job support-bot-prepare was denied: 422 Invalid", permanent=True)
     await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == ("Failed", "InvalidSpec")
+
+
+async def test_child_that_the_settings_of_pods_may_make_invalid_is_waited_for(cluster: FakeCluster) -> None:
+    """Who runs it would otherwise be asked to correct a spec that is right."""
+    installation = replace(INSTALLATION, pods=PodProfile(scheduler_name="volcano"))
+    error = AdmissionDeniedError("Job support-bot-prepare was denied: 422 Invalid", permanent=True)
+    cluster.admission_error = error
+    await reconcile(REF, cluster, installation, ReconcileContext(NOW))
+    await reconcile(REF, cluster, installation, ReconcileContext(NOW))
+    assert (cluster.status["phase"], cluster.status["reason"]) == ("Pending", "PodRejected")
+    assert cluster.status["message"] == f"{error}; correct the spec, or what the chart's values set under pods"
 
 
 async def test_quota_is_waited_for(cluster: FakeCluster) -> None:
@@ -370,6 +384,22 @@ async def test_quarantined_node_does_not_decide_on_the_gpus_of_a_run() -> None:
     cluster.nodes = [gpu_node("NVIDIA-A10", 23_028), gpu_node("Tesla-T4", 15_360)]
     await reconcile_until_stable(cluster)
     cluster.quarantined_nodes = {"Tesla-T4": NOW + timedelta(minutes=40)}
+    cluster.end_pod(PREPARE, 0, prepared_message("llama-3.2-3b"))
+    await reconcile_until_stable(cluster)
+    assert cluster.status["plan"]["gpuProducts"] == ["NVIDIA-A10"]
+
+
+async def test_run_is_sized_for_the_nodes_that_its_installation_selects_and_tolerates() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest(resources={"gpusPerNode": 1}))
+    small, large = gpu_node("Tesla-T4", 15_360), gpu_node("NVIDIA-A10", 23_028)
+    large["metadata"]["labels"]["pool"] = "ml"
+    large["spec"] = {"taints": [{"key": "dedicated", "value": "ml", "effect": "NoSchedule"}]}
+    cluster.nodes = [small, large]
+    toleration = {"key": "dedicated", "value": "ml", "effect": "NoSchedule"}
+    profile = {"tolerations": [toleration], "train": {"nodeSelector": {"pool": "ml"}}}
+    cluster.placement = training_placement(PodProfile.model_validate(profile))
+    await reconcile_until_stable(cluster)
     cluster.end_pod(PREPARE, 0, prepared_message("llama-3.2-3b"))
     await reconcile_until_stable(cluster)
     assert cluster.status["plan"]["gpuProducts"] == ["NVIDIA-A10"]
