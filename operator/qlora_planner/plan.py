@@ -5,6 +5,7 @@ from math import ceil
 from typing import Final, NamedTuple
 
 from qlora_api.accelerators import DeviceName, usual_device
+from qlora_api.escapes import cut_escaped, escape_line
 from qlora_api.prepared import Prepared
 from qlora_api.steps import steps_of_epochs, steps_per_epoch, total_steps
 from qlora_api.strategies import DDP, SINGLE, Distribution, StrategyName
@@ -75,7 +76,7 @@ def make_plan(
     else:
         if sized is not None:
             return _plan_of(*sized, prepared)
-        unsized = ()
+        unsized = ("peak memory is not estimated: the cluster's nodes show fewer GPUs than the run needs",)
     most = max(inventory, key=lambda pool: pool.count_pods(1), default=None)
     device = most.accelerator.device if most else usual_device(spec.resources.gpus_per_node)
     return _default_plan(spec, prepared, device, (*unsized, *explain_unusable(unusable)))
@@ -96,7 +97,7 @@ def _size(
 def _explain_unsized(error: UnknownModelError) -> str:
     """Return the cause of a plan without an estimate, and not the fix, which is for a run that is not yet planned."""
     cause = str(error).partition(";")[0].partition(KNOWN_TYPES)[0]
-    return f"peak memory is not estimated: {cause}"[:MAX_PLAN_REASON]
+    return cut_escaped(escape_line(f"peak memory is not estimated: {cause}"), MAX_PLAN_REASON)
 
 
 def sequence_lengths(dataset: DataStatus, training: TrainingSpec) -> SequenceLengths:

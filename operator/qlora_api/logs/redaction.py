@@ -35,7 +35,7 @@ _SECRET_PATTERNS: Final = tuple(
         ),
         (rf"(\b(?:{_CREDENTIAL_NAME})(?:\s*=\s*|[\"']\s*:\s*)[\"']?)[^\s\"',}}&]+", rf"\1{MASK}"),
         (r"(\b[a-z][a-z0-9+.-]{0,31}://)[^\s/@:\"']*:[^\s/@\"']+@", rf"\1{MASK}@"),
-        (r"\beyJ[\w-]{8,8192}\.eyJ[\w-]{8,8192}\.[\w-]+", MASK),
+        (r"(?<![\w-])(?=[\w-]*eyJ[\w-]{8})[\w-]++\.eyJ[\w-]{8,}+\.[\w-]+", MASK),
     )
 ) + tuple(
     (re.compile(pattern), MASK)

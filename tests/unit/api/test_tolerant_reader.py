@@ -168,3 +168,21 @@ def test_stored_spec_keeps_values_beyond_bounds_but_not_texts_it_has_to_parse() 
     assert read.value
     assert (read.value.retries.max_attempts, read.value.deadlines.total) == (500, "24h")
     assert read.unreadable == ("deadlines.total",)
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '"\\uDFFF"', '{"a": ["\\ud83d"]}'])
+def test_half_a_character_is_no_json(text: str) -> None:
+    document = TerminationMessage(reason=Reason.PREPARED).model_dump(mode="json", by_alias=True) | {"other": 0}
+    with pytest.raises(ValidationError, match="Invalid JSON"):
+        ignore_unknown(TerminationMessage, json.dumps(document).replace('"other": 0', f'"other": {text}'), "a test")
+
+
+def test_pair_of_halves_is_a_character() -> None:
+    document = '{"reason": "Prepared", "message": "\\ud83d\\ude00"}'
+    assert ignore_unknown(TerminationMessage, document, "a test").message == "\U0001f600"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig", "latin-1"])
+def test_document_in_another_encoding_is_no_json(encoding: str) -> None:
+    with pytest.raises(ValidationError, match="Invalid JSON"):
+        ignore_unknown(TerminationMessage, '{"reason": "Prepared", "message": "\u00e4"}'.encode(encoding), "a test")

@@ -141,7 +141,8 @@ def test_unsized_plan_follows_default_recipe(offer: tuple[GpuPool, ...], blocks:
     plan = make_plan(spec, prepared_for("llama-3.2-3b"), offer)
     assert plan == make_plan(spec, prepared_for("llama-3.2-3b"))
     assert plan.peak_bytes is None
-    assert not any("not estimated" in reason for reason in plan.reasons)
+    unsized = "peak memory is not estimated: the cluster's nodes show fewer GPUs than the run needs"
+    assert (unsized in plan.reasons) == bool(blocks)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,7 @@ def test_unsized_plan_follows_default_recipe(offer: tuple[GpuPool, ...], blocks:
         pytest.param("", "the model's config.json was not recorded", id="older-release"),
         pytest.param('{"model_type": "olmo"}', "the size of a model of type 'olmo' is not known", id="other-family"),
         pytest.param('{"model_type": "llama", "hidden_size": "x"}', "config.json: hidden_size: ", id="no-number"),
+        pytest.param('{"model_type": "\\ud800\\u202e"}', "the size of a model of type '\\ud800\\u202e'", id="escaped"),
         pytest.param(f'{{"model_type": "{"x" * 2000}"}}', f"the size of a model of type '{'x' * 100}", id="long"),
     ],
 )
