@@ -27,7 +27,7 @@ def to_absolute_path(text: str, field: str, base: Path | None = None) -> Path:
         base: Folder that a relative path starts from; None: the working folder.
 
     Raises:
-        LocalPathError: No file can have this path, or this user may not look whether it is there.
+        LocalPathError: No file can have this path, or this user has no permission to read its folder.
 
     """
     try:

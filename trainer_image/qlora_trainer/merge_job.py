@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
+from typing import Final
 from uuid import uuid4
 
 import pyarrow as pa
@@ -52,9 +53,9 @@ from qlora_trainer.storage.store import FieldRef, Store, sha256_of
 
 ADAPTER_FIELD = "ADAPTER"
 """The argument of `qlora merge` that names the adapter."""
-_MAX_ROWS_BYTES = GIB
+_MAX_ROWS_BYTES: Final = GIB
 """Of the prepared rows, and of the memory to read some: whoever wrote the adapter may have written a bomb."""
-_MEASURED_BYTES = 16 * MIB
+_MEASURED_BYTES: Final = 16 * MIB
 """Of the evaluated rows, the first of which are enough to measure a merged model."""
 TARGET_FIELD = "--to"
 

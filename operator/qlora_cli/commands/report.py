@@ -1,17 +1,20 @@
 """`qlora report`: shows and opens the report of a published run, from a folder, a bucket or a cluster."""
 
+import shutil
 import sys
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from qlora_api.escapes import escape_line
 from qlora_api.foreign_files import FileTooLargeError, read_file
 from qlora_api.names import output_root
-from qlora_api.report import ManifestFile
 from qlora_api.result import is_below
+from qlora_api.units import GIB
 from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_api.v1alpha1 import EvaluationStatus
 from qlora_cli.cluster.client import ClusterError
@@ -26,6 +29,8 @@ from qlora_cli.local.published_results import check_listed, find_result, is_resu
 from qlora_cli.options import OutputFormat, OutputOption, S3Endpoint
 from qlora_cli.uris import to_display_path
 
+MAX_FILE_BYTES: Final = GIB
+"""Longest file of a report that is checked: evaluation.jsonl has the texts of all held-out rows."""
 REPORT_PAGE = "report.html"
 REPORT_JSON = "report.json"
 
@@ -53,10 +58,10 @@ def report(  # noqa: PLR0913, PLR0917 (an option each)
                 return
             if found.folder.startswith("file://") and to is None:
                 page = _find_page(Path(to_display_path(found.folder)))
+                check_listed(found.digests, f"report/{REPORT_PAGE}", read_file(page, MAX_FILE_BYTES))
             else:
-                page = download_report(found.folder, to or Path(f"{found.name}-report"), s3_endpoint) / REPORT_PAGE
-            if found.files:
-                check_listed(found.files, f"report/{REPORT_PAGE}", read_file(page, MAX_REPORT_BYTES))
+                target = to or Path(f"{found.name}-report")
+                page = download_report(found.folder, target, s3_endpoint, found.digests) / REPORT_PAGE
         except (OutputError, FileTooLargeError) as error:
             exit_error_without_remedy(console, None, escape_line(str(error)))
     show_report(found.evaluation, page)
@@ -80,15 +85,15 @@ class Report:
     folder: str
     """URI."""
     evaluation: EvaluationStatus | None
-    files: tuple[ManifestFile, ...] = ()
-    """What the manifest lists; none if a cluster names the report."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the files that the manifest lists; none if a cluster names the report."""
 
 
 def _locate(name: str, endpoint: str | None, console: Console, connect: Connect) -> Report:
     """Return the report of a result in a folder or a bucket, or of a QLoRAJob."""
     if is_result(name):
         result = find_result(name, endpoint, lambda text: print_line(console, text))
-        return Report(result.report.job, f"{result.uri}/report", result.report.evaluation, result.files)
+        return Report(result.report.job, f"{result.uri}/report", result.report.evaluation, result.digests)
     connection = connect.open()
     job = get_job(connection.cluster, connection.ref(name))
     return Report(name, find_report(job), job.status.evaluation)
@@ -118,21 +123,27 @@ def read_report_json(report: Report, endpoint: str | None) -> object:
     folder = report.folder
     with open_output_store(folder, endpoint) as files:
         content = files.read(REPORT_JSON, MAX_REPORT_BYTES)
-    if report.files:
-        check_listed(report.files, f"report/{REPORT_JSON}", content)
+    if report.digests:
+        check_listed(report.digests, f"report/{REPORT_JSON}", content)
     try:
         return parse_object(content, MAX_REPORT_BYTES)
     except InvalidJsonError as error:
         raise OutputError(f"{folder}/{REPORT_JSON} {error}; give another result") from error
 
 
-def download_report(folder: str, target: Path, endpoint: str | None) -> Path:
-    """Download every file of the report, and return their folder."""
-    with open_output_store(folder, endpoint) as files:
+def download_report(folder: str, target: Path, endpoint: str | None, digests: Mapping[str, str] | None = None) -> Path:
+    """Download the files of the report, and return their folder; with digests those only, and only if all match."""
+    with open_output_store(folder, endpoint) as files, tempfile.TemporaryDirectory() as temporary:
+        downloads = Path(temporary)
         for entry in files.list():
-            files.download(entry.path, entry.path.below(target))
-    if not (target / REPORT_PAGE).is_file():
-        raise OutputError(f"{folder} has no {REPORT_PAGE}; was it deleted?")
+            if not digests or f"report/{entry.path}" in digests:
+                file = entry.path.below(downloads)
+                files.download(entry.path, file)
+                if digests:
+                    check_listed(digests, f"report/{entry.path}", read_file(file, MAX_FILE_BYTES))
+        if not (downloads / REPORT_PAGE).is_file():
+            raise OutputError(f"{folder} has no {REPORT_PAGE}; was it deleted?")
+        shutil.copytree(downloads, target, dirs_exist_ok=True)
     return target
 
 

@@ -12,7 +12,6 @@ import typer
 from qlora_api.accelerators import NVIDIA
 from qlora_api.escapes import escape_line, shell_command
 from qlora_api.names import CLAIM_SCHEME
-from qlora_api.report import ManifestFile
 from qlora_api.units import KIB
 from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec
@@ -184,7 +183,7 @@ def serve_snippet(  # noqa: PLR0913, PLR0917 (an option each)
     kubeconfig: Kubeconfig = None,
 ) -> None:
     """Print how to serve a published run, with the base model's commit and the right --max-lora-rank."""
-    listed: tuple[ManifestFile, ...] = ()
+    listed: Mapping[str, str] | None = None
     with exit_on_cluster_error() as console:
         if is_result(name):
             served, listed = _resolve_in_folder(name, s3_endpoint, console)
@@ -203,17 +202,15 @@ def serve_snippet(  # noqa: PLR0913, PLR0917 (an option each)
     echo(WRITERS[server](served), nl=False)
 
 
-def _resolve_in_folder(
-    text: str, endpoint: str | None, console: Console
-) -> tuple[ServedModel, tuple[ManifestFile, ...]]:
-    """Return how to serve a result in a folder or a bucket, and the files that its manifest lists."""
+def _resolve_in_folder(text: str, endpoint: str | None, console: Console) -> tuple[ServedModel, Mapping[str, str]]:
+    """Return how to serve a result in a folder or a bucket, and the SHA-256 of the files that its manifest lists."""
     try:
         result = find_result(text, endpoint, lambda note: print_line(console, note))
     except OutputError as error:
         exit_error_without_remedy(console, None, escape_line(str(error)))
     report = result.report
     commit = report.prepared.model.commit
-    return make_served_model(report.job, report.spec, commit, result.adapter, result.merged), result.files
+    return make_served_model(report.job, report.spec, commit, result.adapter, result.merged), result.digests
 
 
 def _local_path(served: ServedModel) -> str | None:
@@ -222,7 +219,7 @@ def _local_path(served: ServedModel) -> str | None:
     return to_display_path(uris[0]) if uris else None
 
 
-def read_generation_config(adapter: str, endpoint: str | None, listed: tuple[ManifestFile, ...] = ()) -> str:
+def read_generation_config(adapter: str, endpoint: str | None, listed: Mapping[str, str] | None = None) -> str:
     """Return an adapter's generation_config.json as one line of JSON; empty if there is none, as in older results.
 
     Raises:

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
@@ -38,8 +38,8 @@ class PublishedResult:
     report: RunReport
     merged: str | None
     """URI of the merged model, if there is one."""
-    files: tuple[ManifestFile, ...] = ()
-    """What its manifest lists."""
+    digests: Mapping[str, str]
+    """SHA-256 of each file that the manifest lists, by its path relative to the URI."""
 
     @property
     def adapter(self) -> str:
@@ -75,7 +75,8 @@ def find_result(text: str, endpoint: str | None, note: Callable[[str], None]) ->
         raise OutputError(f"{text} is no folder; give the output of a run, such as out, or the name of a QLoRAJob")
     with open_output_store(uri, endpoint) as files:
         paths = frozenset(str(entry.path) for entry in files.list(on_refused=lambda _message: None))
-        folders = [path.removesuffix(MANIFEST) for path in paths if _is_result(path, paths)]
+        with_report = frozenset(_folders_of_reports(paths))
+        folders = [path.removesuffix(MANIFEST) for path in paths if _is_result(path, with_report)]
         if not folders:
             raise OutputError(
                 f"{text} has no published result, which has a {MANIFEST}; give the output of a run that was published"
@@ -84,22 +85,24 @@ def find_result(text: str, endpoint: str | None, note: Callable[[str], None]) ->
         newest = max(folders, key=lambda folder: manifests[folder].created_at)
         if len(folders) > 1:
             note(f"{text} has {len(folders)} results; this is the newest, {newest.rstrip('/')}")
-        listed = manifests[newest].files
-        content = files.read(f"{newest}{REPORT}", MAX_REPORT_BYTES)
-    check_listed(listed, REPORT, content)
-    report = _parse(RunReport, content, f"{newest}{REPORT}")
+        start = _folder_of_files(manifests[newest].files)
+        folder = f"{newest}{start}"
+        digests = {file.path.removeprefix(start): file.sha256 for file in manifests[newest].files}
+        content = files.read(f"{folder}{REPORT}", MAX_REPORT_BYTES)
+    check_listed(digests, REPORT, content)
+    report = _parse(RunReport, content, f"{folder}{REPORT}")
     if len(report.job) > MAX_JOB_NAME or not _NAME.fullmatch(report.job):
         shown = report.job[: MAX_JOB_NAME + 1]
-        raise OutputError(f"{newest}{REPORT} names the run {shown!r}, and no QLoRAJob has such a name; check it")
-    root = f"{uri}/{newest}".rstrip("/")
-    return PublishedResult(root, report, _merged_in(root, newest, paths), listed)
+        raise OutputError(f"{folder}{REPORT} names the run {shown!r}, and no QLoRAJob has such a name; check it")
+    merged = _merged_in(f"{uri}/{newest}".rstrip("/"), newest, paths)
+    return PublishedResult(f"{uri}/{folder}".rstrip("/"), report, merged, digests)
 
 
-def check_listed(files: Iterable[ManifestFile], path: str, content: bytes) -> None:
+def check_listed(digests: Mapping[str, str], path: str, content: bytes) -> None:
     """Check that a file of a result is the one that its manifest lists.
 
     Args:
-        files: What the manifest lists; a result beside another one has its folder in the paths.
+        digests: SHA-256 of each file that the manifest lists, by its path.
         path: Path relative to the result.
         content: What is there.
 
@@ -107,9 +110,9 @@ def check_listed(files: Iterable[ManifestFile], path: str, content: bytes) -> No
         OutputError: The manifest does not list the file, or with another SHA-256.
 
     """
-    found = next((file for file in files if file.path == path or file.path.endswith(f"/{path}")), None)
-    if found is None or hashlib.sha256(content).hexdigest() != found.sha256:
-        problem = "is not listed in" if found is None else "does not have the SHA-256 of"
+    expected = digests.get(path)
+    if hashlib.sha256(content).hexdigest() != expected:
+        problem = "is not listed in" if expected is None else "does not have the SHA-256 of"
         raise OutputError(
             f"{path} {problem} the result's {MANIFEST}: somebody changed it after it was published; copy the result "
             "again, or train again"
@@ -122,8 +125,23 @@ def _above(uri: str) -> str:
     return uri
 
 
-def _is_result(path: str, paths: frozenset[str]) -> bool:
-    return path.rpartition("/")[2] == MANIFEST and f"{path.removesuffix(MANIFEST)}{REPORT}" in paths
+def _is_result(path: str, folders: frozenset[str]) -> bool:
+    """Return whether a path is the manifest of a result, whose files are beside it or in a folder of their own."""
+    return path.rpartition("/")[2] == MANIFEST and path.removesuffix(MANIFEST) in folders
+
+
+def _folders_of_reports(paths: Iterable[str]) -> Iterator[str]:
+    """Yield the folder that each report is in, and the one above it, where the manifest of a second upload is."""
+    for path in paths:
+        if path == REPORT or path.endswith(f"/{REPORT}"):
+            folder = path.removesuffix(REPORT)
+            yield folder
+            yield folder.rstrip("/").rpartition("/")[0] + "/" if folder.count("/") > 1 else ""
+
+
+def _folder_of_files(files: Iterable[ManifestFile]) -> str:
+    """Return the folder of a result's files, relative to its manifest: they are not beside it if others were there."""
+    return next((str(file.path).removesuffix(REPORT) for file in files if file.path.endswith(f"/{REPORT}")), "")
 
 
 def _merged_in(root: str, folder: str, paths: Iterable[str]) -> str | None:

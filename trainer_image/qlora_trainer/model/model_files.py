@@ -29,6 +29,7 @@ _MAX_INDEX_BYTES: Final = 64 * MIB
 
 
 class _ShardIndex(BaseModel):
+    metadata: object = None
     weight_map: dict[str, ObjectName]
 
 

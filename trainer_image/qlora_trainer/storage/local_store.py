@@ -31,7 +31,7 @@ def files_below(folder: Path, on_error: Callable[[str, OSError], None]) -> Itera
 
     Args:
         folder: Where to start; without it there are no files.
-        on_error: Called with each path that cannot be read or looked at, such as a folder without permission.
+        on_error: Called with each path that cannot be read, such as a folder without permission.
 
     """
     folders = [str(folder)] if folder.is_dir() else []
@@ -51,7 +51,7 @@ def files_below(folder: Path, on_error: Callable[[str, OSError], None]) -> Itera
 def _is_file(entry: os.DirEntry[str], on_error: Callable[[str, OSError], None]) -> bool:
     try:
         return entry.is_file()
-    except OSError as error:  # a link to a name that is too long, or to a place without permission
+    except OSError as error:  # such as a link to a name that is too long, or to a folder without permission
         on_error(entry.path, error)
         return False
 

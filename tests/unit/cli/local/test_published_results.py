@@ -162,3 +162,31 @@ def test_long_name_of_a_foreign_result_is_no_name(tmp_path: Path) -> None:
     write_result(tmp_path / "out", job="a" * 300)
     with pytest.raises(OutputError, match="no QLoRAJob has such a name"):
         find_result(str(tmp_path / "out"), None, print)
+
+
+def test_result_that_was_uploaded_beside_leftovers_is_read_from_its_own_folder(tmp_path: Path) -> None:
+    """As `publish` does where an interrupted attempt left other files."""
+    result = write_result(tmp_path / "out")
+    own = result / ("c" * 16)
+    own.mkdir()
+    for part in ("adapter", "report"):
+        (result / part).rename(own / part)
+    (result / "report").mkdir()
+    (result / "report/report.json").write_text(make_report("leftover").model_dump_json(by_alias=True))
+    manifest = result / "manifest.json"
+    found = ResultManifest.model_validate_json(manifest.read_text())
+    listed = tuple(file for file in describe_files(result) if file.path.startswith("c"))
+    manifest.write_text(found.model_copy(update={"files": listed}).model_dump_json(by_alias=True))
+    for given in (tmp_path / "out", result):
+        read = find_result(str(given), None, pytest.fail)
+        assert (read.uri, read.report.job) == (own.as_uri(), "support-bot")
+    shown = CliRunner().invoke(app, ["report", str(tmp_path / "out"), "--no-open"])
+    assert shown.stdout.endswith(f"report  {own}/report/report.html\n")
+
+
+def test_changed_report_is_not_left_in_the_folder_of_the_download(tmp_path: Path) -> None:
+    (write_result(tmp_path / "out") / "report/report.html").write_text("<script>")
+    target = tmp_path / "here"
+    ended = CliRunner().invoke(app, ["report", "--no-open", "--to", str(target), str(tmp_path / "out")])
+    assert (ended.exit_code, target.exists()) == (1, False)
+    assert "report/report.html does not have the SHA-256" in ended.output
