@@ -1,6 +1,7 @@
 """Converts between local paths, for people, and file:// URIs, for the contract."""
 
 import contextlib
+import os
 import re
 from pathlib import Path
 from typing import Final
@@ -31,7 +32,7 @@ def to_absolute_path(text: str, field: str, base: Path | None = None) -> Path:
 
     """
     try:
-        path = ((base or Path.cwd()).absolute() / Path(text).expanduser()).resolve()
+        path = ((base or Path.cwd()).absolute() / _expand_home(text)).resolve()
         str(path).encode()  # half a character, or a name that is not UTF-8: no URI can have it
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.stat()
@@ -46,6 +47,14 @@ def to_absolute_path(text: str, field: str, base: Path | None = None) -> Path:
     else:
         return path
     raise LocalPathError(f"{field}: {text[:_SHOWN_CHARACTERS]!r} {cause}")
+
+
+def _expand_home(text: str) -> str:
+    """Return a path without a leading ~; pathlib would expand that of ./~name too, and raises as this does."""
+    expanded = os.path.expanduser(text)  # noqa: PTH111
+    if text.startswith("~") and expanded == text:
+        raise RuntimeError(f"there is no home directory of {text.partition('/')[0]}")
+    return expanded
 
 
 def to_uri(text: str, field: str) -> str:

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+import pytest
+
 from tests.e2e.installation import OPERATOR_NAMESPACE, RELEASE, Installation, manifest_of, wait_for
 from tests.e2e.pod_processes import read_process, send_signal
 
@@ -39,6 +41,7 @@ def kill_operator(installation: Installation) -> None:
     wait_for("the death of the operator", lambda: not set(victims) & set(operator_processes()), 180)
 
 
+@pytest.mark.timeout(1500)
 def test_a_job_survives_every_kill_of_the_operator(installation: Installation) -> None:
     """It is killed at random moments until the job has finished: while it prepares, trains, evaluates and publishes."""
     installation.make_namespace(NAMESPACE)
@@ -49,7 +52,7 @@ def test_a_job_survives_every_kill_of_the_operator(installation: Installation) -
     moments = random.Random()
     phases: list[str] = []
     seen: dict[str, set[str]] = {}
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + 480
     while (phase := phase_of(installation)) not in {"Succeeded", "Failed"} and time.monotonic() < deadline:
         time.sleep(moments.uniform(0, LONGEST_LIFE))
         kill_operator(installation)

@@ -25,6 +25,8 @@ class Ended(NamedTuple):
     """Of its exception, or what it returned."""
     peak: int
     """Bytes of memory that the process had at most."""
+    grown: int = 0
+    """By how many of them it grew: what the process starts with depends on the tests before it."""
 
 
 def run_in_child(read: Callable[..., str], *arguments: Any) -> Ended:
@@ -45,13 +47,14 @@ def run_in_child(read: Callable[..., str], *arguments: Any) -> Ended:
 
 def _read(sender: Connection, read: Callable[..., str], arguments: tuple[Any, ...]) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    before = _peak()
     try:
         reason, message = "", read(*arguments)
     except RunError as error:
         reason, message = error.reason.value, error.message
     except BaseException as error:
         reason, message = type(error).__name__, str(error)
-    sender.send(Ended(reason, message, _peak()))
+    sender.send(Ended(reason, message, _peak(), _peak() - before))
 
 
 def _peak() -> int:
