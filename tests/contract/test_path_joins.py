@@ -35,7 +35,7 @@ ALLOWED: Final = {
     ("model_config.py", "cache / f\"models--{name.replace('/', '--')}\""): "spec.model.uri; a segment without '/'",
     (
         "uris.py",
-        "(base or Path.cwd()).absolute() / Path(text).expanduser()",
+        "(base or Path.cwd()).absolute() / _expand_home(text)",
     ): "a path that a person gave, to be read on this machine",
     ("local_paths.py", "base / text"): "as above; it is only looked up",
 }

@@ -78,7 +78,7 @@ def init(  # noqa: PLR0913, PLR0917 (an option each)
 ) -> None:
     """Write a first manifest, with the description of each field."""
     console = Console(stderr=True)
-    to_absolute_path(os.path.join(".", file), "FILE")  # noqa: PTH118 (a leading ~ is part of the name, and Path drops the dot)
+    to_absolute_path(f"./{file}" if file.startswith("~") else file, "FILE")  # the shell has expanded what it can
     try:
         chosen, notes = choose_fields(InitOptions(model, dataset, to, secret, gpus), _folder_of(file))
         text = write_manifest(name, chosen, notes)
