@@ -23,6 +23,7 @@ from qlora_api.pod_names import (
     VariableName,
     VolumeName,
 )
+from qlora_api.v1alpha1 import Toleration
 
 MAX_NAMESERVERS: Final = 3
 MAX_SEARCHES: Final = 32
@@ -88,14 +89,11 @@ class EnvironmentVariable(ApiModel):
         return self
 
 
-class PodToleration(ApiModel):
-    """A toleration, as in core/v1."""
+class PodToleration(Toleration):
+    """A toleration as in a spec, where the API server checks the texts and how the fields go together."""
 
     key: LabelKey | None = None
-    operator: Literal["Exists", "Equal"] = "Equal"
     value: LabelValue | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    toleration_seconds: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:

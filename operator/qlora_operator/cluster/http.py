@@ -33,6 +33,10 @@ _FAILED_WEBHOOK: Final = "failed calling webhook"
 """What the API server says, with status 500, of an admission webhook that does not answer: until somebody mends it."""
 
 
+class FailedWebhookError(ClusterBusyError):
+    """An admission webhook does not answer, so the API server writes nothing that the webhook is for."""
+
+
 class ApiError(Exception):
     """The API server rejected a request."""
 
@@ -195,8 +199,8 @@ def _parse_response(response: Response) -> dict[str, Any]:
     if body is None:
         body = {"message": response.text[:200].decode(errors="replace")}
     message = f"{response.status} {body.get('reason', '')}: {body.get('message', '')}"
-    if response.status in _RETRYABLE_STATUSES and _FAILED_WEBHOOK not in message:
-        raise ClusterBusyError(message)
+    if response.status in _RETRYABLE_STATUSES:
+        raise FailedWebhookError(message) if _FAILED_WEBHOOK in message else ClusterBusyError(message)
     error = {404: NotFoundError, 409: ConflictError}.get(response.status, ApiError)
     raise error(response.status, body.get("reason", ""), message)
 

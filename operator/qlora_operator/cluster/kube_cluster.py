@@ -12,7 +12,7 @@ from qlora_api.accelerators import ACCELERATORS
 from qlora_api.job_ref import JobRef
 from qlora_api.names import TERMINAL
 from qlora_operator.cluster.cache import ChildCache, ObjectCache, uid_of
-from qlora_operator.cluster.http import MERGE_PATCH, Api, ApiError, ConflictError, NotFoundError
+from qlora_operator.cluster.http import MERGE_PATCH, Api, ApiError, ConflictError, FailedWebhookError, NotFoundError
 from qlora_operator.cluster.interface import (
     AdmissionDeniedError,
     ClusterBusyError,
@@ -173,9 +173,9 @@ class KubeCluster:
         """Create a child, or update the ConfigMap if it exists; an object of another owner is never adopted."""
         try:
             return await self._create(child)
-        except ApiError as error:
+        except (ApiError, FailedWebhookError) as error:
             message = f"{child['kind']} {child['metadata']['name']} was denied: {error}"
-            raise AdmissionDeniedError(message, permanent=error.status == UNPROCESSABLE) from error
+            raise AdmissionDeniedError(message, permanent=_is_invalid(error)) from error
 
     async def _create(self, child: Manifest) -> bool:
         try:
@@ -206,9 +206,9 @@ class KubeCluster:
             )
         except (ConflictError, NotFoundError) as error:
             raise ClusterBusyError(f"{child['metadata']['name']} has changed since it was read") from error
-        except ApiError as error:
+        except (ApiError, FailedWebhookError) as error:
             message = f"the change of {child['kind']} {child['metadata']['name']} was denied: {error}"
-            raise AdmissionDeniedError(message, permanent=error.status == UNPROCESSABLE) from error
+            raise AdmissionDeniedError(message, permanent=_is_invalid(error)) from error
 
     async def delete_job(self, ref: JobRef, child: ChildJob) -> None:
         """Delete a child Job after its pods (foreground); no error if it is gone, or another Job has its name now."""
@@ -322,6 +322,11 @@ class KubeCluster:
         except NotFoundError:
             return None
         return item if uid and uid_of(item) == uid else None
+
+
+def _is_invalid(error: Exception) -> bool:
+    """Return whether the API server refuses the object itself, so that trying again does not help."""
+    return isinstance(error, ApiError) and error.status == UNPROCESSABLE
 
 
 def _job_version(item: dict[str, Any]) -> JobVersion:

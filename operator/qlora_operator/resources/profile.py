@@ -47,9 +47,8 @@ def apply_profile(template: Manifest, profile: PodProfile, role: Role) -> Manife
 
 def training_placement(profile: PodProfile) -> tuple[Mapping[str, str], tuple[Toleration, ...]]:
     """Return the node labels and the tolerations that an installation gives to training pods."""
-    settings = merge_settings(profile, profile.train)
-    tolerations = tuple(map(Toleration.model_validate, settings.get("tolerations", [])))
-    return settings.get("nodeSelector", {}), tolerations
+    train = profile.train
+    return {**profile.node_selector, **train.node_selector}, (*profile.tolerations, *train.tolerations)
 
 
 def merge_settings(all_pods: PodSettings, of_role: PodSettings) -> dict[str, Any]:

@@ -56,6 +56,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"tolerations": [{"operator": "In"}]}, "pods.tolerations.0.operator"),
     ({"tolerations": [{"operator": "Exists", "key": "a", "value": "b"}]}, "pods.tolerations.0"),
     ({"tolerations": [{"value": "b"}]}, "pods.tolerations.0"),
+    ({"tolerations": [{"key": "a b"}]}, "pods.tolerations.0.key"),
+    (
+        {"tolerations": [{"key": "a", "effect": "NoExecute", "tolerationSeconds": 31_536_001}]},
+        "pods.tolerations.0.tolerationSeconds",
+    ),
     ({"tolerations": [{"key": "a", "tolerationSeconds": 9}]}, "pods.tolerations.0"),
     ({"hostAliases": [{"ip": "s3", "hostnames": ["s3"]}]}, "pods.hostAliases.0.ip"),
     ({"dnsPolicy": "None"}, "dnsConfig.nameservers"),

@@ -10,16 +10,19 @@ import pytest
 from aiohttp import web
 from kubernetes.aio import client
 
+from qlora_operator.cluster.cache import ChildCache
 from qlora_operator.cluster.http import (
     MAX_TRIES,
     Api,
     ApiError,
     ConflictError,
+    FailedWebhookError,
     NotFoundError,
     Response,
     _parse_response,
 )
-from qlora_operator.cluster.interface import ClusterBusyError
+from qlora_operator.cluster.interface import AdmissionDeniedError, ClusterBusyError
+from qlora_operator.cluster.kube_cluster import KubeCluster
 
 
 @pytest.fixture
@@ -67,11 +70,28 @@ async def test_status_code_maps_to_error_class(api: Api, status: int, kind: type
     assert type(refusal.value) is kind
 
 
-def test_webhook_that_does_not_answer_refuses_the_request() -> None:
-    text = b'{"reason": "InternalError", "message": "Internal error occurred: failed calling webhook \\"x\\": timeout"}'
-    with pytest.raises(ApiError, match="failed calling webhook") as refusal:
-        _parse_response(Response(500, "", text))
-    assert refusal.value.status == 500
+WEBHOOK = b'{"reason": "InternalError", "message": "Internal error occurred: failed calling webhook \\"x\\": timeout"}'
+
+
+def test_webhook_that_does_not_answer_is_retried_like_a_busy_server() -> None:
+    """The election, lists and statuses go on; who writes a child tells the run what is wrong."""
+    with pytest.raises(ClusterBusyError, match="failed calling webhook") as refusal:
+        _parse_response(Response(500, "", WEBHOOK))
+    assert type(refusal.value) is FailedWebhookError
+
+
+@pytest.mark.parametrize("write", ["ensure", "patch"])
+async def test_child_that_a_webhook_keeps_from_being_written_is_denied_for_now(
+    api: Api, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    async def request(*_: object, **__: object) -> object:
+        return _parse_response(Response(500, "", WEBHOOK))
+
+    monkeypatch.setattr(api, "request", request)
+    child = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"namespace": "ml", "name": "bot-1"}}
+    with pytest.raises(AdmissionDeniedError, match="failed calling webhook") as refusal:
+        await getattr(KubeCluster(api, ChildCache()), write)(child)
+    assert not refusal.value.permanent
 
 
 @pytest.mark.parametrize("busy", [1, MAX_TRIES - 1])
