@@ -4,6 +4,7 @@ import asyncio
 import copy
 from collections.abc import Callable, Collection, Mapping
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -19,6 +20,8 @@ from qlora_operator.cluster.interface import (
     PodOwner,
 )
 from qlora_operator.cluster.parse import controller_uid, parse_event_message, parse_job, parse_observation
+from qlora_operator.cluster.stripped import build_restoration
+from qlora_operator.cluster.tolerant import parse_or_skip
 from qlora_operator.models import ChildJob, Manifest, Observation, RawJob, Workload
 from tests.make import NOW, UID
 
@@ -206,15 +209,20 @@ class FakeCluster:
         return parse_job(copy.deepcopy(self.job))
 
     def children_from_cache(self, job: RawJob) -> Observation:
-        return parse_observation(job, *(self._cached or self._live_children()))
+        jobs, pods = self._cached or self._live_children()
+        watched = [item for item in jobs if names.MANAGED_BY_LABEL in item["metadata"]["labels"]]
+        return parse_observation(job, watched, pods)
 
     async def list_children(self, job: RawJob) -> Observation:
         self.child_lists += 1
         return parse_observation(job, *self._live_children())
 
     def _live_children(self) -> tuple[list[Manifest], list[Manifest]]:
+        """Return what a label selector finds; pods of tests have no labels."""
+        name = self.job["metadata"]["name"] if self.job else ""
         jobs = [child for (kind, _), child in self.children.items() if kind == "Job"]
-        return jobs, list(self.pods.values())
+        labelled = [job for job in jobs if job["metadata"].get("labels", {}).get(names.JOB_LABEL) == name]
+        return labelled, list(self.pods.values())
 
     async def find_event(self, ref: JobRef, uid: str, reasons: Collection[str], since: datetime) -> str:  # noqa: ARG002
         self.event_lists += 1
@@ -248,6 +256,14 @@ class FakeCluster:
         self._wrote("ensure", f"{key[0]}/{key[1]}")
         return existing is None
 
+    async def restore_job(self, job: Manifest, run_created_at: datetime) -> bool:
+        existing = self.children.get(("Job", job["metadata"]["name"]))
+        restore = partial(build_restoration, job=job, run_created_at=run_created_at)
+        restoration = parse_or_skip("Job", restore, existing) if existing else None
+        if restoration is not None:
+            await self.patch(restoration)
+        return restoration is not None
+
     async def patch(self, child: Manifest) -> None:
         existing = self.children[child["kind"], child["metadata"]["name"]]
         if self.update_error is not None:
@@ -260,7 +276,9 @@ class FakeCluster:
             for name, value in spec.items()
             if value is not None  # a merge patch: null removes a field
         }
-        existing["metadata"]["labels"] |= child["metadata"].get("labels", {})
+        metadata = child["metadata"]
+        existing["metadata"]["labels"] = existing["metadata"].get("labels", {}) | metadata.get("labels", {})
+        existing["metadata"] |= {name: metadata[name] for name in ("ownerReferences",) if name in metadata}
         self._wrote("patch", child["metadata"]["name"])
 
     async def delete_job(self, ref: JobRef, child: ChildJob) -> None:  # noqa: ARG002 (the interface's signature)
@@ -310,7 +328,8 @@ class FakeCluster:
         return str(next(self._versions))
 
     def _new_metadata(self) -> Manifest:
-        return {"uid": f"uid-{next(self._uids)}", "creationTimestamp": wire_time(self.now)}
+        metadata = {"uid": f"uid-{next(self._uids)}", "creationTimestamp": wire_time(self.now)}
+        return metadata | {"resourceVersion": self._version()}
 
     def make_pod(self, job: Manifest, index: int = 0) -> Manifest:
         """Return a new pod of a Job."""

@@ -201,6 +201,8 @@ class ChildJob:
     """The Kueue queue in its label; empty if none."""
     priority_class: str = ""
     """The WorkloadPriorityClass in its label; empty if none."""
+    watched: bool = True
+    """Whether it has the label by which the operator watches Jobs."""
     workload: Workload | None = None
     """What its queue says; None unless looked up."""
     managed_by: str = ""

@@ -111,6 +111,19 @@ class Cluster(Protocol):
 
         """
 
+    async def restore_job(self, job: Manifest, run_created_at: datetime) -> bool:
+        """Give a Job the labels and the owner reference again that somebody removed; return whether any were.
+
+        Args:
+            job: The manifest that the Job was created with, at least its metadata.
+            run_created_at: When its QLoRAJob was created; an older Job is left alone.
+
+        Raises:
+            ClusterBusyError: The Job has changed meanwhile.
+            AdmissionDeniedError: The API server or an admission policy denied the change.
+
+        """
+
     async def patch(self, child: Manifest) -> None:
         """Merge some fields into a child that exists.
 

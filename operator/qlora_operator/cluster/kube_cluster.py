@@ -34,6 +34,7 @@ from qlora_operator.cluster.parse import (
     parse_pod_owner,
 )
 from qlora_operator.cluster.parse_node import parse_node
+from qlora_operator.cluster.stripped import build_restoration
 from qlora_operator.cluster.tolerant import parse_or_skip
 from qlora_operator.models import ChildJob, Manifest, Observation, RawJob, Workload
 
@@ -197,6 +198,19 @@ class KubeCluster:
         if child["kind"] == "ConfigMap":
             version = {"resourceVersion": existing["metadata"]["resourceVersion"]}
             await self.patch({**child, "metadata": {**child["metadata"], **version}})
+
+    async def restore_job(self, job: Manifest, run_created_at: datetime) -> bool:
+        """Give a Job the labels and the owner reference again that somebody removed; return whether any were."""
+        try:
+            existing = await self._api.request("GET", _object_path(job))
+        except NotFoundError:
+            return False
+        restore = partial(build_restoration, job=job, run_created_at=run_created_at)
+        restoration = parse_or_skip("Job", restore, existing)
+        if restoration is None:
+            return False
+        await self.patch(restoration)
+        return True
 
     async def patch(self, child: Manifest) -> None:
         """Merge some fields into a child that exists."""

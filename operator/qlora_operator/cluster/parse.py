@@ -38,7 +38,8 @@ def parse_time(text: str | None) -> datetime | None:
     return min(max(datetime.fromisoformat(text), _EARLIEST), _LATEST) if text else None
 
 
-def _created(item: Json) -> datetime:
+def created_at(item: Json) -> datetime:
+    """Return when an object was created."""
     return min(max(datetime.fromisoformat(item["metadata"]["creationTimestamp"]), _EARLIEST), _LATEST)
 
 
@@ -51,7 +52,7 @@ def parse_job(item: Json) -> RawJob:
             uid=metadata["uid"],
             generation=metadata["generation"],
             resource_version=str(int(metadata["resourceVersion"])),
-            created_at=_created(item),
+            created_at=created_at(item),
             deleting="deletionTimestamp" in metadata,
             spec=item.get("spec") or {},
             status=item.get("status") or {},
@@ -85,11 +86,16 @@ def labels_of(item: Json) -> Mapping[str, str]:
     return item["metadata"].get("labels") or {}
 
 
+def pod_labels_of(job: Json) -> Mapping[str, str]:
+    """Return the labels that a Job gives to its pods, which nobody can change; the operator gave it the same ones."""
+    return job["spec"].get("template", {}).get("metadata", {}).get("labels") or labels_of(job)
+
+
 def parse_pod_owner(pod: Json, controller: Json | None) -> PodOwner | None:
     """Return the QLoRAJob in a pod's label, and the uid of the one that controls its Job; None without the label."""
     label = labels_of(pod).get(names.JOB_LABEL)
     uid = controller["uid"] if controller and controller["kind"] == names.KIND else None
-    return PodOwner(label, uid, _created(pod)) if label else None
+    return PodOwner(label, uid, created_at(pod)) if label else None
 
 
 class CachedObject(NamedTuple, Generic[Child]):
@@ -104,7 +110,7 @@ class CachedObject(NamedTuple, Generic[Child]):
 
 def parse_cached_job(item: Json) -> CachedObject[ChildJob] | None:
     """Parse a batch/v1 Job; None if it has no role label or no controller, so is not one of ours."""
-    if names.ROLE_LABEL not in labels_of(item) or not controller_uid(item):
+    if names.ROLE_LABEL not in pod_labels_of(item) or not controller_uid(item):
         return None
     return _to_cached_object(item, parse_child(item))
 
@@ -147,7 +153,7 @@ def _parse_event(item: Json) -> _Event:
 def _last_seen(event: Json) -> datetime:
     """Return when an Event occurred last; one that was written with the events.k8s.io API has other fields for it."""
     series = (event.get("series") or {}).get("lastObservedTime")
-    return parse_time(series or event.get("lastTimestamp") or event.get("eventTime")) or _created(event)
+    return parse_time(series or event.get("lastTimestamp") or event.get("eventTime")) or created_at(event)
 
 
 def parse_observation(job: RawJob, jobs: Iterable[Json], pods: Iterable[Json]) -> Observation:
@@ -220,12 +226,13 @@ def parse_child(item: Json) -> ChildJob:
     suspension, failed = conditions.get("Suspended", {}), conditions.get("Failed")
     # Between the change of spec.suspend and that of the condition, startTime is that of the earlier start.
     suspended = bool(item["spec"].get("suspend", False) or suspension)
-    role = Role(metadata["labels"][names.ROLE_LABEL])
+    labels, created_with = labels_of(item), pod_labels_of(item)
+    role = Role(created_with[names.ROLE_LABEL])
     return ChildJob(
         name=metadata["name"],
         role=role,
-        attempt=int(labels_of(item).get(names.NUMBER_LABELS[role], role is Role.PREPARE)),
-        created_at=_created(item),
+        attempt=int(created_with.get(names.NUMBER_LABELS[role], role is Role.PREPARE)),
+        created_at=created_at(item),
         uid=metadata["uid"],
         started_at=None if suspended else parse_time(item.get("status", {}).get("startTime")),
         deadline_seconds=item["spec"].get("activeDeadlineSeconds"),
@@ -233,8 +240,9 @@ def parse_child(item: Json) -> ChildJob:
         deleting="deletionTimestamp" in metadata,
         suspended=suspended,
         suspended_at=parse_time(suspension.get("lastTransitionTime")),
-        queue=metadata["labels"].get(names.QUEUE_LABEL, ""),
-        priority_class=metadata["labels"].get(names.PRIORITY_CLASS_LABEL, ""),
+        queue=labels.get(names.QUEUE_LABEL, ""),
+        priority_class=labels.get(names.PRIORITY_CLASS_LABEL, ""),
+        watched=labels.get(names.MANAGED_BY_LABEL) == names.FIELD_MANAGER,
         managed_by=_foreign_controller(item),
         complete="Complete" in conditions,
         failure=_failure(failed) if failed else None,
@@ -296,7 +304,7 @@ def parse_pod(item: Json) -> Pod:
         index=_index_of(item),
         phase=status.get("phase", "Pending"),
         node=item["spec"].get("nodeName", ""),
-        created_at=_created(item),
+        created_at=created_at(item),
         deleting="deletionTimestamp" in metadata,
         deletion_timestamp=parse_time(metadata.get("deletionTimestamp")),
         deletion_requested_at=_deletion_requested_at(metadata),
@@ -343,7 +351,7 @@ def _scheduled_at(item: Json, conditions: dict[str, Json]) -> datetime | None:
     """Return when the pod was bound to its node; if no scheduler was involved, when it was created."""
     if "PodScheduled" in conditions:
         return parse_time(conditions["PodScheduled"].get("lastTransitionTime"))
-    return _created(item) if item["spec"].get("nodeName") else None
+    return created_at(item) if item["spec"].get("nodeName") else None
 
 
 def _unschedulable(status: Json) -> str:

@@ -17,6 +17,7 @@ from qlora_operator.lifecycle import (
     next_leftover,
     reported_checkpoint,
     reported_manifests,
+    vanished_attempt,
 )
 from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.prepare_retries import next_preparation
@@ -26,6 +27,7 @@ from qlora_operator.resources import (
     Installation,
     Owner,
     build_deadline,
+    build_job_identity,
     build_prepare_config,
     build_prepare_job,
     build_queue_labels,
@@ -50,7 +52,7 @@ async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision 
     created = False
     try:
         for child in build_children(decision, job, installation):
-            created |= await cluster.ensure(child)
+            created |= await ensure_child(child, job, cluster)
     except NameConflictError as error:
         return on_name_conflict(error, decision, job, now), created
     except AdmissionDeniedError as error:
@@ -60,6 +62,32 @@ async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision 
     for outdated in outdated_prepare_jobs(job, children):
         await cluster.delete_job(job.ref, outdated)
     return decision, created
+
+
+async def ensure_child(child: Manifest, job: Job, cluster: Cluster) -> bool:
+    """Create a child, and return whether it was; a Job that exists gets back the labels and owner that it lost."""
+    try:
+        created = await cluster.ensure(child)
+    except NameConflictError:
+        if child["kind"] == "Job" and await cluster.restore_job(child, job.created_at):
+            return False
+        raise
+    if not created and child["kind"] == "Job":
+        await cluster.restore_job(child, job.created_at)
+    return created
+
+
+async def restore_jobs(job: Job, children: Observation, cluster: Cluster) -> bool:
+    """Restore the labels and owners of Jobs that are not watched, or not found; return whether any was restored.
+
+    An attempt whose Job is not found counts as lost, and the next one would train beside it.
+    """
+    owner, vanished = Owner(job.ref, job.uid), vanished_attempt(job.status, children)
+    unwatched = [child for child in children.jobs if not (child.watched or child.finished or child.deleting)]
+    identities = [(child.role, child.attempt) for child in unwatched]
+    identities += [(Role.TRAIN, vanished)] if vanished is not None else []
+    jobs = [build_job_identity(owner, role, number) for role, number in identities]
+    return any([await cluster.restore_job(child, job.created_at) for child in jobs])
 
 
 async def limit_jobs(decision: Decision, job: Job, children: Observation, cluster: Cluster, now: datetime) -> Decision:

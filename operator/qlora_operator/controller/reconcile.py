@@ -5,10 +5,10 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.job_ref import JobRef
-from qlora_api.names import Phase, Role
+from qlora_api.names import Phase, Role, train_job_name
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
-from qlora_operator.cluster.interface import Cluster
+from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster
 from qlora_operator.controller.children import (
     apply_decision,
     limit_jobs,
@@ -16,6 +16,7 @@ from qlora_operator.controller.children import (
     outdated_deadlines,
     outdated_prepare_jobs,
     refresh_run_config,
+    restore_jobs,
 )
 from qlora_operator.controller.finished import reconcile_ended
 from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, write_status
@@ -31,6 +32,7 @@ from qlora_operator.lifecycle import (
     rejected,
     retry_limits,
     unexplained_jobs,
+    vanished_attempt,
 )
 from qlora_operator.lifecycle.queue import queued_jobs
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
@@ -105,7 +107,7 @@ async def reconcile_unfinished(
     if from_cache and not cache_is_enough:
         return None
     if not cache_is_enough:
-        children = await list_children_and_gpu_nodes(job, raw, cluster, now)
+        children = await list_restored(job, raw, cluster, now)
         decision = decide(job, children, request.context)
     decision, created = await apply_decision(decision, job, children, cluster, installation, now)
     if decision.phase is Phase.FAILED:
@@ -161,6 +163,23 @@ def is_noop(decision: Decision, job: Job, children: Observation, now: datetime) 
         and decision.preparation in (None, job.status.preparation)
         and not any(to_do)
     )
+
+
+async def list_restored(job: Job, raw: RawJob, cluster: Cluster, now: datetime) -> Observation:
+    """List the children; a Job that its labels or its owner do not show gets them again, and is listed then.
+
+    Raises:
+        AdmissionDeniedError: What the operator restores is refused, or removed again.
+
+    """
+    children = await list_children_and_gpu_nodes(job, raw, cluster, now)
+    if not await restore_jobs(job, children, cluster):
+        return children
+    children = await list_children_and_gpu_nodes(job, raw, cluster, now)
+    if number := vanished_attempt(job.status, children):
+        message = f"something removes the labels or the owner of the Job {train_job_name(raw.ref.name, number)}"
+        raise AdmissionDeniedError(f"{message}, by which its run is followed; change the policy", permanent=False)
+    return children
 
 
 async def list_children_and_gpu_nodes(job: Job, raw: RawJob, cluster: Cluster, now: datetime) -> Observation:

@@ -9,6 +9,7 @@ from qlora_operator.lifecycle.decide import (
     needs_gpu_nodes,
     rejected,
     unexplained_jobs,
+    vanished_attempt,
 )
 from qlora_operator.lifecycle.exit_reasons import cause_of_exit
 from qlora_operator.lifecycle.gang import classify
@@ -61,4 +62,5 @@ __all__ = [
     "retry_limits",
     "revive",
     "unexplained_jobs",
+    "vanished_attempt",
 ]

@@ -111,9 +111,21 @@ def _take_checkpoint(decision: Decision, job: Job, children: Observation, contex
     return replace(decision, checkpoint=newest)
 
 
+def current_attempt(status: QLoRAJobStatus) -> int:
+    """Return the number of the attempt that runs, or that would be the next one."""
+    return 1 + max((attempt.number for attempt in status.attempts if attempt.reason), default=0)
+
+
+def vanished_attempt(status: QLoRAJobStatus, children: Observation) -> int | None:
+    """Return the number of an attempt under way whose Job is not among the children; None if there is no such one."""
+    number = current_attempt(status)
+    recorded = any(attempt.number == number for attempt in status.attempts)
+    return number if recorded and children.train(number) is None else None
+
+
 def _decide(job: Job, children: Observation, context: ReconcileContext) -> Decision:
     """Return what follows from the children; the first function that applies decides."""
-    number = 1 + max((attempt.number for attempt in job.status.attempts if attempt.reason), default=0)
+    number = current_attempt(job.status)
     return (
         _late_publication(job, children, number, context)
         or suspend(job, children, number, context)
@@ -200,7 +212,7 @@ def _follow_current_attempt(job: Job, children: Observation, number: int, contex
     """
     train = children.train(number)
     if train is None:
-        decision = _lose_vanished_attempt(job, number, context)
+        decision = _lose_vanished_attempt(job, children, context)
     elif not train.deleting:
         decision = follow_training(job, train, context)
     elif is_busy(train, context.now):
@@ -213,9 +225,10 @@ def _follow_current_attempt(job: Job, children: Observation, number: int, contex
     return replace(decision, preparation=next_preparation(current_preparation(job.status, children)))
 
 
-def _lose_vanished_attempt(job: Job, number: int, context: ReconcileContext) -> Decision | None:
+def _lose_vanished_attempt(job: Job, children: Observation, context: ReconcileContext) -> Decision | None:
     """Record the loss of an attempt that the status lists and whose Job does not exist."""
-    if not any(attempt.number == number for attempt in job.status.attempts):
+    number = vanished_attempt(job.status, children)
+    if number is None:
         return None
     report = context.last_report or job.status.last_report
     lost = stop_counting(recorded_attempt(job, number), report.updated_at if report else None, context.now)

@@ -2,6 +2,7 @@
 
 from qlora_api import names
 from qlora_api.job_ref import JobRef
+from qlora_api.names import Role
 from qlora_api.v1alpha1 import Preparation, QLoRAJobSpec, QueueSpec
 from qlora_operator.models import AttemptInputs, ChildJob, Manifest
 from qlora_operator.resources.metadata import (
@@ -33,6 +34,12 @@ def build_train_job(owner: Owner, spec: QLoRAJobSpec, run: AttemptInputs, instal
     pod = build_train_pod(workload, spec, run, installation)
     job = _build(workload, pod, installation, plan.nodes)
     return _queue(job, spec.queue) if spec.queue else job
+
+
+def build_job_identity(owner: Owner, role: Role, number: int) -> Manifest:
+    """Return the kind and the metadata of a Job, by which the operator finds it."""
+    workload = prepare_workload(owner, number) if role is Role.PREPARE else train_workload(owner, number)
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": build_metadata(workload)}
 
 
 def _queue(job: Manifest, queue: QueueSpec) -> Manifest:
