@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 from qlora_api import names
+from qlora_api.accelerators import Accelerator
 from qlora_api.job_ref import JobRef
 from qlora_api.v1alpha1 import Toleration
 from qlora_operator.cluster.interface import (
@@ -233,9 +234,10 @@ class FakeCluster:
         names_by_uid = {child["metadata"]["uid"]: name for (_, name), child in self.children.items()}
         return self.workloads.get(names_by_uid.get(uid, ""))
 
-    async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
+    async def find_gpu_nodes(self, accelerator: Accelerator) -> tuple[Manifest, ...]:
         self.node_lists += 1
-        return tuple(copy.deepcopy(self.nodes))
+        labelled = (node for node in self.nodes if accelerator.memory_label in node["metadata"].get("labels", {}))
+        return tuple(copy.deepcopy(node) for node in labelled)
 
     async def ensure(self, child: Manifest) -> bool:
         key = (child["kind"], child["metadata"]["name"])

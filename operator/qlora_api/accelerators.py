@@ -1,7 +1,7 @@
-"""Supported accelerators, one row each; so far NVIDIA GPUs only."""
+"""Supported accelerators, one row each; so far NVIDIA GPUs and their MIG partitions only."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from qlora_api.units import MIB
@@ -18,7 +18,9 @@ class Accelerator:
 
     device: DeviceName
     resource: str
-    """The extended resource that a pod requests; also the key of the taint that keeps other pods off its nodes."""
+    """The extended resource that a pod requests."""
+    taints: frozenset[str]
+    """Keys of the taints that keep other pods off its nodes."""
     product_label: str
     """Node label: the GPU's product name."""
     memory_label: str
@@ -50,6 +52,7 @@ class Accelerator:
 NVIDIA: Final = Accelerator(
     device="cuda",
     resource="nvidia.com/gpu",
+    taints=frozenset({"nvidia.com/gpu"}),
     product_label="nvidia.com/gpu.product",
     memory_label="nvidia.com/gpu.memory",
     replicas_label="nvidia.com/gpu.replicas",
@@ -77,8 +80,11 @@ NVIDIA: Final = Accelerator(
 )
 """The labels are those of NVIDIA GPU Feature Discovery."""
 ACCELERATORS: Final = (NVIDIA,)
+MIG_PREFIX: Final = "nvidia.com/mig-"
+"""Start of the resources of NVIDIA's device plugin with the MIG strategy `mixed`, such as nvidia.com/mig-3g.40gb."""
+MIG_PROFILE: Final = r"([1-7]c\.)?[1-7]g\.[1-9][0-9]{0,2}gb(\.[a-z]{2,8})*"
+"""Compute slices, GPU slices, gigabytes, and attributes such as `me` (media engines)."""
 PRODUCT_LABELS: Final = " or ".join(accelerator.product_label for accelerator in ACCELERATORS)
-RESOURCES: Final = " or ".join(accelerator.resource for accelerator in ACCELERATORS)
 """For descriptions of fields."""
 _BY_DEVICE: Final[Mapping[str, Accelerator]] = {accelerator.device: accelerator for accelerator in ACCELERATORS}
 
@@ -86,6 +92,21 @@ _BY_DEVICE: Final[Mapping[str, Accelerator]] = {accelerator.device: accelerator 
 def accelerator_of(device: DeviceName) -> Accelerator:
     """Return the accelerator of a device; for the CPU NVIDIA's, because a spec may still select nodes by its labels."""
     return _BY_DEVICE.get(device, NVIDIA)
+
+
+def accelerator_of_resource(resource: str) -> Accelerator:
+    """Return the accelerator that an extended resource is; feature discovery labels each MIG profile with its name."""
+    if not resource.startswith(MIG_PREFIX):
+        return NVIDIA
+    return replace(
+        NVIDIA,
+        resource=resource,
+        taints=NVIDIA.taints | {resource},
+        product_label=f"{resource}.product",
+        memory_label=f"{resource}.memory",
+        replicas_label=f"{resource}.replicas",
+        peak_tflops={},
+    )
 
 
 def usual_device(gpus: int) -> DeviceName:

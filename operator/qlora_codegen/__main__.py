@@ -13,7 +13,6 @@ from typing import Any, Final
 import yaml
 
 from qlora_api import crd
-from qlora_api.accelerators import ACCELERATORS
 from qlora_api.names import KIND
 from qlora_api.strategies import DDP, SHARDING_OPTIMIZER
 from qlora_codegen.cli_reference import command_reference
@@ -68,7 +67,7 @@ def chart_crd_file() -> str:
 
 
 def chart_rules_file() -> str:
-    """Return the RBAC rules of the operator and of its users, and the resources that are GPUs, as named templates."""
+    """Return the RBAC rules of the operator and of its users, as named templates."""
     templates = {
         "rules": build_rules(),
         "retentionRules": build_retention_rules(),
@@ -76,7 +75,6 @@ def chart_rules_file() -> str:
         "homeRules": build_own_namespace_rules(),
         "viewRules": build_view_rules(),
         "editRules": build_edit_rules(),
-        "gpuResources": [accelerator.resource for accelerator in ACCELERATORS],
     }
     return f"{{{{- /* {_NOTE} */ -}}}}\n" + "\n".join(
         f'{{{{- define "qlora-operator.{name}" -}}}}\n{_to_yaml(rules)}{{{{- end }}}}\n'

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
-from qlora_api.accelerators import ACCELERATORS, NVIDIA, Accelerator, Capability
+from qlora_api.accelerators import NVIDIA, Accelerator, Capability, accelerator_of_resource
 from qlora_api.precision import ComputeDtype, compute_dtype_of, name_capability
 from qlora_api.units import TIB
 from qlora_api.v1alpha1 import ResourcesSpec
@@ -66,9 +66,14 @@ GpuInventory = tuple[GpuPool, ...]
 
 
 def memory_of_product(product: str) -> int | None:
-    """Return the bytes in a product's name, such as NVIDIA-A100-SXM4-80GB, taken as decimal gigabytes; None if none."""
-    match = re.search(r"(\d+)GB", product)
-    return int(match[1]) * 10**9 if match else None
+    """Return the bytes in a product's name or a MIG profile's, taken as decimal gigabytes; None if none.
+
+    Args:
+        product: Such as NVIDIA-A100-SXM4-80GB, NVIDIA-A100-SXM4-80GB-MIG-3g.40gb or nvidia.com/mig-3g.40gb.
+
+    """
+    sizes: list[str] = re.findall(r"([0-9]+)gb", product, re.IGNORECASE)
+    return int(sizes[-1]) * 10**9 if sizes else None
 
 
 class UnusableNodes(NamedTuple):
@@ -89,12 +94,7 @@ def read_gpu_inventory(nodes: Iterable[Mapping[str, Any]], resources: ResourcesS
         resources: spec.resources, whose nodeSelector, tolerations, gpuProduct, cpu and memory apply.
 
     """
-    found = [
-        pool
-        for node in nodes
-        for accelerator in ACCELERATORS
-        if isinstance(pool := _read_node(node, resources, accelerator), GpuPool)
-    ]
+    found = [pool for node in nodes if isinstance(pool := _read_node(node, resources), GpuPool)]
     total = Counter(replace(pool, unready=0) for pool in found)
     unready = Counter(replace(pool, unready=0) for pool in found if pool.unready)
     counted = (replace(pool, nodes=count, unready=unready[pool]) for pool, count in total.items())
@@ -103,16 +103,15 @@ def read_gpu_inventory(nodes: Iterable[Mapping[str, Any]], resources: ResourcesS
 
 def find_unusable_nodes(nodes: Iterable[Mapping[str, Any]], resources: ResourcesSpec) -> tuple[UnusableNodes, ...]:
     """Return the GPU products of which no node accepts the pods of a run, each with why its first node does not."""
-    read = [_read_node(node, resources, accelerator) for node in nodes for accelerator in ACCELERATORS]
+    read = [_read_node(node, resources) for node in nodes]
     usable = {pool.product for pool in read if isinstance(pool, GpuPool)}
     unusable = {item.product: item for item in reversed(read) if isinstance(item, UnusableNodes)}
     return tuple(item for product, item in sorted(unusable.items()) if product not in usable)
 
 
-def _read_node(
-    node: Mapping[str, Any], resources: ResourcesSpec, accelerator: Accelerator
-) -> GpuPool | UnusableNodes | None:
+def _read_node(node: Mapping[str, Any], resources: ResourcesSpec) -> GpuPool | UnusableNodes | None:
     """Return the GPUs of a node, or why no pod can use them; None if it has none, or cannot be read."""
+    accelerator = accelerator_of_resource(resources.gpu_resource)
     try:
         pool = _parse_gpus(node, accelerator)
         if pool is None:

@@ -53,7 +53,7 @@ def _untolerated(
         taint
         for taint in taints
         if taint.get("effect") in _BLOCKING_EFFECTS
-        and taint["key"] != accelerator.resource
+        and taint["key"] not in accelerator.taints
         and not any(_tolerates(toleration, taint) for toleration in resources.tolerations)
     ]
 

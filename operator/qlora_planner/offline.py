@@ -85,11 +85,13 @@ def _gpus(spec: QLoRAJobSpec, gpus_per_node: int | None) -> int:
 
 def _inventory(spec: QLoRAJobSpec, gpu_memory: str | None, gpus_per_node: int | None) -> GpuInventory:
     """Return the GPUs to choose from: the given ones, those of the product, or common ones."""
-    count, product, nodes = _gpus(spec, gpus_per_node), spec.resources.gpu_product, spec.resources.nodes
+    count, resources = _gpus(spec, gpus_per_node), spec.resources
+    product, nodes = resources.gpu_product, resources.nodes
     if gpu_memory is not None:
         return (GpuPool(product, parse_quantity(gpu_memory), count, nodes),)
-    if (memory := memory_of_product(product)) is not None:
-        return (GpuPool(product, memory, count, nodes),)
+    named = memory_of_product(resources.gpu_resource) or memory_of_product(product)
+    if named is not None:
+        return (GpuPool(product, named, count, nodes),)
     return tuple(GpuPool(name, size * MIB, count, nodes, capability) for name, size, capability in _COMMON_GPUS)
 
 

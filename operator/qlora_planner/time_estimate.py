@@ -3,7 +3,7 @@
 import re
 from typing import Final
 
-from qlora_api.accelerators import ACCELERATORS
+from qlora_api.accelerators import ACCELERATORS, NVIDIA
 
 TERA: Final = 10**12
 MFU_RANGE: Final = (0.22, 0.47)
@@ -40,7 +40,9 @@ def explain_duration(product: str, gpus: int, weights: int, tokens: float, *, re
 
 
 def peak_flops(product: str) -> int | None:
-    """Return the peak FLOP/s of a GPU by the value of its product label; None if unknown."""
+    """Return the peak FLOP/s of a GPU by the value of its product label; None if unknown, or if it is a partition."""
+    if NVIDIA.partition_mark in product:
+        return None
     known = ((name, tera) for accelerator in ACCELERATORS for name, tera in accelerator.peak_tflops.items())
     return next((tera * TERA for name, tera in known if re.search(name, product, re.IGNORECASE)), None)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from qlora_api.accelerators import MIG_PREFIX, NVIDIA
 from qlora_api.names import CLAIM_SCHEME
 from qlora_api.reasons import Reason
 from qlora_api.strategies import DDP, SHARDING_OPTIMIZER, SHARDING_WEIGHTS, ZERO2
@@ -75,6 +76,17 @@ def strategy_has_processes(spec: QLoRAJobSpec) -> str | None:
     return (
         f"spec.distribution is {spec.distribution}, but spec.resources requests only one process; leave it out, or "
         "raise nodes or gpusPerNode"
+    )
+
+
+def partition_is_alone(spec: QLoRAJobSpec) -> str | None:
+    """A process can use one MIG partition, and NCCL does not connect several."""
+    resources = spec.resources
+    if not resources.gpu_resource.startswith(MIG_PREFIX) or resources.nodes * resources.gpus_per_node <= 1:
+        return None
+    return (
+        f"spec.resources.gpuResource is {resources.gpu_resource}, and MIG partitions cannot train together; set nodes "
+        f"and gpusPerNode to 1, or gpuResource to {NVIDIA.resource}"
     )
 
 
@@ -232,6 +244,7 @@ COMMON_RULES: Final[tuple[Rule, ...]] = (
     micro_batch_divides_batch,
     batch_reaches_every_process,
     strategy_has_processes,
+    partition_is_alone,
     all_linear_stands_alone,
     early_stopping_has_validation,
     gate_has_answers,

@@ -14,7 +14,7 @@ from qlora_api.reasons import Reason
 from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
-from tests.cluster.services.kwok import A100, T4, GpuProduct, pods_that_run, start_simulator
+from tests.cluster.services.kwok import A100, MIG, T4, GpuProduct, pods_that_run, start_simulator
 from tests.integration.operator_process import PREPARE, TRAIN, JobNamespace, Operator, install, open_job_namespace
 from tests.make import PUBLISHED_MESSAGE, make_prepared, make_termination_message
 
@@ -36,6 +36,7 @@ def simulated() -> Iterator[Cluster]:
     with Cluster.start(f"gpus-{os.getpid()}", kwok_nodes=2, stages=pods_that_run(), s3=False) as cluster:
         cluster.add_simulated_nodes(1, T4, 1, "old")
         cluster.add_simulated_nodes(1, A10, 1, "small")
+        cluster.add_simulated_nodes(1, MIG, 2, "mig")
         install(cluster)
         yield cluster
 
@@ -90,6 +91,22 @@ def test_small_run_is_scheduled_on_smallest_gpu(job_namespace: JobNamespace) -> 
     assert status["plan"]["gpuProducts"] == [A10.name, A100.name]
     assert 0 < status["plan"]["peakBytes"] < A10.memory_mib << 20
     assert node_of(job_namespace, TRAIN) == "small-0"
+
+
+def test_run_for_a_partition_is_sized_for_it_and_scheduled_there(job_namespace: JobNamespace) -> None:
+    prepare(job_namespace, "llama-3.2-3b", gpuResource=MIG.resource)
+    status = job_namespace.wait_for("Training")
+    assert status["plan"]["gpuProducts"] == [MIG.name]
+    assert node_of(job_namespace, TRAIN) == "mig-0"
+    [container] = job_namespace.items("pods", f"--selector=job-name={TRAIN}")[0]["spec"]["containers"]
+    assert container["resources"]["limits"][MIG.resource] == "1"
+    assert "nvidia.com/gpu" not in container["resources"]["limits"]
+
+
+def test_run_too_large_for_a_partition_requests_none(job_namespace: JobNamespace) -> None:
+    prepare(job_namespace, "llama-2-70b", gpuResource=MIG.resource)
+    job_namespace.wait_for("Failed", "DoesNotFit")
+    assert sorted(job_namespace.jobs()) == [PREPARE]
 
 
 def test_small_run_goes_to_a_large_gpu_when_the_small_one_is_taken(job_namespace: JobNamespace) -> None:

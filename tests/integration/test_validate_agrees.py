@@ -93,6 +93,9 @@ REFUSED: Final[tuple[Change, ...]] = (
     {"spec.lora.dora": True, "spec.quantization.bits": 8},
     {"spec.lora.targets": ["all-linear", "q_proj"]},
     {"spec.distribution": "ddp"},
+    {"spec.resources.gpuResource": "nvidia.com/mig-3g.40gb", "spec.resources.gpusPerNode": 2},
+    {"spec.resources.gpuResource": "nvidia.com/mig-3g.40gb", "spec.resources.nodes": 2},
+    *({"spec.resources.gpuResource": name} for name in ("", "amd.com/gpu", "gpu", "nvidia.com/mig-", "nvidia.com/GPU")),
     {"spec.distribution": "zero3", "spec.resources.nodes": 2, "spec.lora.modulesToSave": ["lm_head"]},
     {"spec.distribution": "zero2", "spec.resources.nodes": 2, "spec.training.optimizer": "adamw8bit"},
     {"spec.training.microBatchSize": 3},
@@ -111,6 +114,8 @@ REFUSED: Final[tuple[Change, ...]] = (
 )
 ACCEPTED: Final[tuple[Change, ...]] = (
     {},
+    {"spec.resources.gpuResource": "nvidia.com/mig-1g.10gb.me", "spec.resources.gpusPerNode": 1},
+    {"spec.resources.gpuResource": "nvidia.com/mig-1c.3g.40gb", "spec.resources.gpusPerNode": 0},
     {"spec.method": "lora", "spec.quantization.bits": 16, "spec.lora.init": "pissa"},
     {SOURCES: [{"uri": "s3://bucket/a", "weight": 2}, {"uri": "pvc://claim/a"}], "spec.dataset.uri": None},
     {"spec.distribution": "zero2", "spec.resources.nodes": 2},

@@ -149,7 +149,3 @@
   - delete
   - deletecollection
 {{- end }}
-
-{{- define "qlora-operator.gpuResources" -}}
-- nvidia.com/gpu
-{{- end }}

@@ -13,6 +13,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
+from qlora_api.accelerators import MIG_PREFIX, MIG_PROFILE
 from qlora_api.escapes import INVISIBLE, JOINERS, escape_line
 
 VALIDATIONS: Final = "x-kubernetes-validations"
@@ -188,6 +189,10 @@ LABEL_KEY: Final = TextPattern(
 )
 LABEL_PREFIX: Final = TextPattern(
     "^[^/]{254}", "the prefix of a label key has at most 253 characters; shorten what is before the '/'", forbidden=True
+)
+GPU_RESOURCE: Final = TextPattern(
+    f"nvidia[.]com/gpu|{re.escape(MIG_PREFIX)}{MIG_PROFILE}",
+    "the trainer can use nvidia.com/gpu, and MIG partitions such as nvidia.com/mig-3g.40gb; write one of them",
 )
 CPU: Final = TextPattern(
     r"[0-9.]*[1-9][0-9.]*m?",

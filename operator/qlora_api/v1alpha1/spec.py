@@ -4,14 +4,14 @@ from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
-from qlora_api.accelerators import PRODUCT_LABELS, RESOURCES
+from qlora_api.accelerators import MIG_PREFIX, NVIDIA, PRODUCT_LABELS
 from qlora_api.base import ApiModel
 from qlora_api.names import SecretRole
 from qlora_api.optimizers import SHARDABLE
 from qlora_api.strategies import DDP, FOR_SEVERAL, SHARDING_OPTIMIZER, SHARDING_WEIGHTS, ZERO2, Distribution
 from qlora_api.v1alpha1.checkpoint import CheckpointSpec
 from qlora_api.v1alpha1.data import DatasetSpec, ModelSpec, OutputSpec
-from qlora_api.v1alpha1.patterns import CPU, LABEL_KEY, LABEL_PREFIX, SUBDOMAIN, WHOLE_BYTES, CelRule
+from qlora_api.v1alpha1.patterns import CPU, GPU_RESOURCE, LABEL_KEY, LABEL_PREFIX, SUBDOMAIN, WHOLE_BYTES, CelRule
 from qlora_api.v1alpha1.tracking import TrackingSpec
 from qlora_api.v1alpha1.training import EvaluationSpec, LoraSpec, QuantizationSpec, TrainingSpec
 from qlora_api.v1alpha1.types import Duration, LabelKey, LabelValue, Quantity, SecretRef, cel
@@ -60,12 +60,27 @@ class Toleration(ApiModel):
 class ResourcesSpec(ApiModel):
     """What the training pods request."""
 
+    model_config = cel(
+        (
+            f"!self.gpuResource.startsWith('{MIG_PREFIX}') || self.nodes * self.gpusPerNode <= 1",
+            "MIG partitions cannot train together; set nodes and gpusPerNode to 1, or gpuResource to nvidia.com/gpu",
+        ),
+    )
+
     nodes: int = Field(default=1, ge=1, le=64, description="Training pods, each on its own node if there are enough.")
     gpus_per_node: int = Field(
         default=1, ge=0, le=16, description="GPUs per training pod, one process per GPU; 0 trains on the CPU."
     )
     gpu_product: LabelValue = Field(
-        default="", description=f"Required value of the node label {PRODUCT_LABELS}; empty: any."
+        default="",
+        description=f"Required value of the node label {PRODUCT_LABELS}, or gpuResource.product; empty: any.",
+    )
+    gpu_resource: Annotated[str, Field(max_length=63), GPU_RESOURCE] = Field(
+        default=NVIDIA.resource,
+        description=(
+            "Extended resource that is a GPU: nvidia.com/gpu, or a MIG partition where NVIDIA's device plugin has the "
+            f"strategy `mixed`, such as {MIG_PREFIX}3g.40gb."
+        ),
     )
     cpu: Annotated[Quantity, CPU.rule] = Field(default="2", description="CPU request of each training pod.")
     memory: Annotated[Quantity, WHOLE_BYTES.rule, _MEMORY_RANGE] = Field(
@@ -75,7 +90,7 @@ class ResourcesSpec(ApiModel):
         dict[LabelKey, LabelValue], Field(max_length=16), LABEL_KEY.rule_for_keys, LABEL_PREFIX.rule_for_keys
     ] = Field(default={}, description="Labels that the nodes must have.")
     tolerations: Annotated[tuple[Toleration, ...], Field(max_length=16)] = Field(
-        default=(), description=f"Taints that the training pods tolerate; {RESOURCES} is always tolerated."
+        default=(), description="Taints that the training pods tolerate; those of gpuResource are always tolerated."
     )
 
     @property

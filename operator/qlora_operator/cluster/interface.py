@@ -4,6 +4,7 @@ from collections.abc import Collection
 from datetime import datetime
 from typing import NamedTuple, Protocol
 
+from qlora_api.accelerators import Accelerator
 from qlora_api.job_ref import JobRef
 from qlora_operator.models import ChildJob, Manifest, Observation, RawJob, Workload
 
@@ -76,8 +77,8 @@ class Cluster(Protocol):
     async def list_children(self, job: RawJob) -> Observation:
         """List its children live, matched by uid."""
 
-    async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
-        """Return the nodes whose labels describe their GPUs; none if the operator may not list nodes."""
+    async def find_gpu_nodes(self, accelerator: Accelerator) -> tuple[Manifest, ...]:
+        """Return the nodes whose labels describe such GPUs; none if the operator may not list nodes."""
 
     async def find_event(self, ref: JobRef, uid: str, reasons: Collection[str], since: datetime) -> str:
         """Return the message of the newest Event on a child with such a reason.

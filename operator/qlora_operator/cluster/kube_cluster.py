@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Final
 
 from qlora_api import names
-from qlora_api.accelerators import ACCELERATORS
+from qlora_api.accelerators import Accelerator
 from qlora_api.job_ref import JobRef
 from qlora_api.names import TERMINAL
 from qlora_operator.cluster.cache import ChildCache, ObjectCache, uid_of
@@ -144,16 +144,16 @@ class KubeCluster:
         )
         return parse_observation(job, jobs.get("items") or (), pods.get("items") or ())
 
-    async def find_gpu_nodes(self) -> tuple[Manifest, ...]:
-        """Return the nodes whose labels describe their GPUs; none if the operator may not list nodes."""
+    async def find_gpu_nodes(self, accelerator: Accelerator) -> tuple[Manifest, ...]:
+        """Return the nodes whose labels describe such GPUs; none if the operator may not list nodes."""
         # resourceVersion 0: the API server answers from its cache.
-        queries = [{"labelSelector": kind.memory_label, "resourceVersion": "0"} for kind in ACCELERATORS]
+        query = {"labelSelector": accelerator.memory_label, "resourceVersion": "0"}
         try:
-            answers = [await self._api.request("GET", "/api/v1/nodes", query=query) for query in queries]
+            answer = await self._api.request("GET", "/api/v1/nodes", query=query)
         except ApiError as error:
             _log.warning("cannot list nodes, so runs are not sized: %s", error)
             return ()
-        nodes = (parse_or_skip("Node", parse_node, item) for answer in answers for item in answer.get("items") or ())
+        nodes = (parse_or_skip("Node", parse_node, item) for item in answer.get("items") or ())
         return tuple(filter(None, nodes))
 
     async def find_event(self, ref: JobRef, uid: str, reasons: Collection[str], since: datetime) -> str:

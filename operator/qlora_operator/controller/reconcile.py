@@ -4,6 +4,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 
+from qlora_api.accelerators import accelerator_of_resource
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role, train_job_name
 from qlora_api.reasons import Reason
@@ -186,7 +187,8 @@ async def list_children_and_gpu_nodes(job: Job, raw: RawJob, cluster: Cluster, n
     """List the children live, the GPU nodes if a plan depends on them, and Events of a Job that has no pod."""
     children = await cluster.list_children(raw)
     if needs_gpu_nodes(job, children):
-        children = replace(children, gpu_nodes=await cluster.find_gpu_nodes())
+        accelerator = accelerator_of_resource(job.spec.resources.gpu_resource)
+        children = replace(children, gpu_nodes=await cluster.find_gpu_nodes(accelerator))
     unexplained = unexplained_jobs(job, children, now)
     queued = queued_jobs(children)
     jobs = [

@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from qlora_api.accelerators import accelerator_of
+from qlora_api.accelerators import Accelerator, accelerator_of_resource
 from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, ResourcesSpec, Toleration
 from qlora_operator.models import AttemptInputs, Manifest
 
@@ -30,16 +30,16 @@ _SAME_PRODUCT_WEIGHT: Final = 50
 
 def build_train_placement(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
     """Return node selector and tolerations of a training pod."""
-    accelerator = accelerator_of(plan.device)
+    accelerator = accelerator_of_resource(resources.gpu_resource)
     # A plan of a version before gpuProducts names one product.
     product = resources.gpu_product or (plan.gpu_product if plan.gpu_products is None else None)
     selector = {**resources.node_selector, **({accelerator.product_label: product} if product else {})}
-    gpu_taint = {"key": accelerator.resource, "operator": "Exists"}
+    gpu_taints = [{"key": taint, "operator": "Exists"} for taint in sorted(accelerator.taints)]
     return {
         **({"nodeSelector": selector} if selector else {}),
         "tolerations": [
             *(_toleration(toleration) for toleration in resources.tolerations if toleration.key),
-            *([gpu_taint] if plan.gpus_per_node else []),
+            *(gpu_taints if plan.gpus_per_node else []),
             *_NODE_FAILURE_TOLERATIONS,
             # The first match decides on the eviction; one without a key matches the taints of a failed node too.
             *(_toleration(toleration) for toleration in resources.tolerations if not toleration.key),
@@ -80,7 +80,7 @@ def build_train_affinity(spec: QLoRAJobSpec, run: AttemptInputs, labels: dict[st
 
     """
     node_affinity = _build_node_affinity(spec, run)
-    pod_affinity = _build_pod_affinity(run.plan, labels) if run.plan.nodes > 1 else {}
+    pod_affinity = _build_pod_affinity(spec.resources, run.plan, labels) if run.plan.nodes > 1 else {}
     return {**({"nodeAffinity": node_affinity} if node_affinity else {}), **pod_affinity}
 
 
@@ -96,7 +96,8 @@ def _build_node_affinity(spec: QLoRAJobSpec, run: AttemptInputs) -> Manifest:
     terms = (gpus | _other_nodes_than(run.avoided_nodes) for gpus in _require_gpus(spec, run.plan))
     required = [term for term in terms if term]
     disliked = tuple(node for node in run.disliked_nodes if node not in run.avoided_nodes)
-    preferred = [*_prefer_small_gpus(run.plan), *_prefer_others(disliked)]
+    label = accelerator_of_resource(spec.resources.gpu_resource).product_label
+    preferred = [*_prefer_small_gpus(run.plan, label), *_prefer_others(disliked)]
     return {
         **({"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": required}} if required else {}),
         **({"preferredDuringSchedulingIgnoredDuringExecution": preferred} if preferred else {}),
@@ -105,7 +106,7 @@ def _build_node_affinity(spec: QLoRAJobSpec, run: AttemptInputs) -> Manifest:
 
 def _require_gpus(spec: QLoRAJobSpec, plan: Plan) -> list[Manifest]:
     """Return alternatives of what the labels of a node must say about its GPUs, so that they are not too small."""
-    accelerator, products = accelerator_of(plan.device), list(plan.gpu_products or ())
+    accelerator, products = accelerator_of_resource(spec.resources.gpu_resource), list(plan.gpu_products or ())
     product = {"key": accelerator.product_label, "operator": "In", "values": products}
     # Gt has no equality; the label has whole units.
     least = str((plan.min_gpu_memory or 0) // accelerator.memory_unit - 1)
@@ -114,16 +115,16 @@ def _require_gpus(spec: QLoRAJobSpec, plan: Plan) -> list[Manifest]:
         *([product] if products and not spec.resources.gpu_product else []),
         *([memory] if plan.min_gpu_memory else []),
     ]
-    exclusive = _exclude_shared_gpus(plan) if plan.gpus_per_node > 1 and not products else [[]]
+    exclusive = _exclude_shared_gpus(accelerator) if plan.gpus_per_node > 1 and not products else [[]]
     return [
         {"matchExpressions": [*expressions, *alternative]} if expressions or alternative else {}
         for alternative in exclusive
     ]
 
 
-def _exclude_shared_gpus(plan: Plan) -> list[list[Manifest]]:
+def _exclude_shared_gpus(accelerator: Accelerator) -> list[list[Manifest]]:
     """Return alternatives that exclude time-sliced GPUs: several of a pod may be one GPU, which NCCL refuses."""
-    label = accelerator_of(plan.device).replicas_label
+    label = accelerator.replicas_label
     if not label:
         return [[]]
     return [
@@ -132,9 +133,9 @@ def _exclude_shared_gpus(plan: Plan) -> list[list[Manifest]]:
     ]
 
 
-def _prefer_small_gpus(plan: Plan) -> list[Manifest]:
+def _prefer_small_gpus(plan: Plan, label: str) -> list[Manifest]:
     """Return preferences with falling weights, so that large GPUs are left to the runs that need them."""
-    products, label = plan.gpu_products or (), accelerator_of(plan.device).product_label
+    products = plan.gpu_products or ()
     return [
         {
             "weight": max(_SMALLEST_GPU_WEIGHT * (len(products) - 1 - index) // (len(products) - 1), 1),
@@ -153,14 +154,14 @@ def _other_nodes_than(nodes: tuple[str, ...]) -> Manifest:
     return {"matchFields": fields} if fields else {}
 
 
-def _build_pod_affinity(plan: Plan, labels: dict[str, str]) -> Manifest:
+def _build_pod_affinity(resources: ResourcesSpec, plan: Plan, labels: dict[str, str]) -> Manifest:
     """Prefer one node per pod, since two on one would share its network and cores; and one GPU product for all.
 
     Neither is required: a gang whose first pod chose a product without room for the others would wait for ever.
     """
     affinity = {"podAntiAffinity": _prefer_pods(labels, "kubernetes.io/hostname", _OTHER_NODE_WEIGHT)}
     if len(plan.gpu_products or ()) > 1:
-        label = accelerator_of(plan.device).product_label
+        label = accelerator_of_resource(resources.gpu_resource).product_label
         affinity["podAffinity"] = _prefer_pods(labels, label, _SAME_PRODUCT_WEIGHT)
     return affinity
 

@@ -4,7 +4,6 @@ from math import ceil
 from typing import Any, Final, NamedTuple
 
 from qlora_api import metrics, names
-from qlora_api.accelerators import accelerator_of
 from qlora_api.names import Role, SecretRole
 from qlora_api.prepared import Prepared
 from qlora_api.units import GIB
@@ -213,7 +212,7 @@ def _volumes(
 
 
 def _train_resources(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:
-    gpus = {accelerator_of(plan.device).resource: plan.gpus_per_node} if plan.gpus_per_node else {}
+    gpus = {resources.gpu_resource: plan.gpus_per_node} if plan.gpus_per_node else {}
     return {
         "requests": {"cpu": resources.cpu, "memory": resources.memory},
         "limits": {"memory": resources.memory, **gpus},

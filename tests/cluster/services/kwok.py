@@ -36,9 +36,12 @@ class GpuProduct:
     memory_mib: int
     compute: tuple[int, int]
     family: str
+    resource: str = "nvidia.com/gpu"
+    """What the device plugin advertises; with the MIG strategy `mixed` one resource for each profile."""
 
 
 A100: Final = GpuProduct("NVIDIA-A100-SXM4-80GB", 81920, (8, 0), "ampere")
+MIG: Final = GpuProduct("NVIDIA-A100-SXM4-80GB-MIG-3g.40gb", 40192, (8, 0), "ampere", "nvidia.com/mig-3g.40gb")
 H100: Final = GpuProduct("NVIDIA-H100-80GB-HBM3", 81559, (9, 0), "hopper")
 T4: Final = GpuProduct("Tesla-T4", 15360, (7, 5), "turing")
 
@@ -47,9 +50,9 @@ def build_gpu_labels(product: GpuProduct, count: int) -> dict[str, str]:
     """Return the labels that GPU feature discovery sets."""
     return {
         "nvidia.com/gpu.present": "true",
-        "nvidia.com/gpu.product": product.name,
-        "nvidia.com/gpu.memory": str(product.memory_mib),
-        "nvidia.com/gpu.count": str(count),
+        f"{product.resource}.product": product.name,
+        f"{product.resource}.memory": str(product.memory_mib),
+        f"{product.resource}.count": str(count),
         "nvidia.com/gpu.family": product.family,
         "nvidia.com/gpu.compute.major": str(product.compute[0]),
         "nvidia.com/gpu.compute.minor": str(product.compute[1]),
@@ -58,7 +61,7 @@ def build_gpu_labels(product: GpuProduct, count: int) -> dict[str, str]:
 
 def build_node(name: str, product: GpuProduct, gpus: int, simulator: str = SIMULATOR) -> dict[str, object]:
     """One simulated node with GPUs."""
-    offer = {"cpu": "64", "memory": "512Gi", "ephemeral-storage": "1Ti", "pods": "256", "nvidia.com/gpu": str(gpus)}
+    offer = {"cpu": "64", "memory": "512Gi", "ephemeral-storage": "1Ti", "pods": "256", product.resource: str(gpus)}
     labels = {
         "kubernetes.io/hostname": name,
         "kubernetes.io/os": "linux",

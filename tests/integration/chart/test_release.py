@@ -167,6 +167,12 @@ def test_policy_accepts_allowed_runs(release: Cluster, blocks: dict[str, Any]) -
         ),
         pytest.param({"output": {"uri": "s3://adapters/team-a-x"}}, "spec.output.uri", id="output-like-a-prefix"),
         pytest.param(
+            {"resources": {"gpuResource": "nvidia.com/mig-1g.10gb", "gpusPerNode": 1}},
+            "spec.resources.gpuResource: nvidia.com/mig-1g.10gb is not allowed: use nvidia.com/gpu, or ask an "
+            "administrator to add it to policy.gpuResources",
+            id="partition",
+        ),
+        pytest.param(
             {"resources": {"nodes": 3, "gpusPerNode": 4}},
             "spec.resources: 12 GPUs (nodes x gpusPerNode) exceed the limit of 8 (policy.maxGpusPerJob): request fewer",
             id="gpus",

@@ -10,7 +10,6 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from qlora_api.accelerators import ACCELERATORS
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from tests.cluster.host.commands import CommandError, run
 from tests.cluster.programs.binaries import binary
@@ -328,10 +327,15 @@ def test_empty_list_restricts_nothing(key: str) -> None:
     assert render({"policy": {key: []}}) == render({})
 
 
-def test_gpu_quota_counts_every_accelerator() -> None:
-    rendered = render({"policy": {"maxGpusPerNamespace": {"ml": 4}}})
+@pytest.mark.parametrize("allowed", [[], ["nvidia.com/gpu", "nvidia.com/mig-3g.40gb"]], ids=["default", "partitions"])
+def test_gpu_quota_counts_every_resource_that_is_allowed(allowed: list[str]) -> None:
+    rendered = render({"policy": {"maxGpusPerNamespace": {"ml": 4}, "gpuResources": allowed}})
     [quota] = [item for item in rendered if item["kind"] == "ResourceQuota"]
-    assert quota["spec"]["hard"] == {f"requests.{accelerator.resource}": "4" for accelerator in ACCELERATORS}
+    counted = allowed or ["nvidia.com/gpu"]
+    assert quota["spec"]["hard"] == {f"requests.{name}": "4" for name in counted}
+    [policy] = [item for item in rendered if item["kind"] == "ValidatingAdmissionPolicy"]
+    [rule] = policy["spec"]["validations"]
+    assert rule["expression"].endswith("in [" + ", ".join(f"'{name}'" for name in counted) + "]")
 
 
 def test_policy_in_docs_is_valid() -> None:

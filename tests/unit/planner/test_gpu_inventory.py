@@ -1,10 +1,11 @@
 """Offers: node objects as GPU feature discovery labels them."""
 
-from typing import Any
+import copy
+from typing import Any, Final
 
 import pytest
 
-from qlora_api.accelerators import NVIDIA, Accelerator
+from qlora_api.accelerators import Accelerator, accelerator_of_resource
 from qlora_api.v1alpha1 import ResourcesSpec
 from qlora_planner import gpu_inventory
 from qlora_planner.gpu_inventory import (
@@ -115,12 +116,14 @@ def test_node_selector_and_windows_are_named() -> None:
 
 def test_other_vendor_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory label may be in bytes, and its GPUs may have no compute capability."""
-    row = Accelerator("cuda", "example.com/gpu", "example.com/product", "example.com/memory", memory_unit=1)
-    monkeypatch.setattr(gpu_inventory, "ACCELERATORS", (NVIDIA, row))
+    row = Accelerator(
+        "cuda", "example.com/gpu", frozenset(), "example.com/product", "example.com/memory", memory_unit=1
+    )
+    monkeypatch.setattr(gpu_inventory, "accelerator_of_resource", lambda _: row)
     labels = {"example.com/product": "Max-1100", "example.com/memory": str(48 << 30)}
     other = {"metadata": {"name": "x", "labels": labels}, "status": {"allocatable": {"example.com/gpu": "2"}}}
     pool = GpuPool("Max-1100", 48 << 30, 2, accelerator=row)
-    assert read_gpu_inventory([make_node(), other], ResourcesSpec()) == (A10, pool)
+    assert read_gpu_inventory([make_node(), other], ResourcesSpec()) == (pool,)
     assert (pool.dtype("llama"), pool.partitioned) == ("bfloat16", False)
 
 
@@ -182,6 +185,62 @@ def test_quantity_is_parsed(quantity: str, size: int) -> None:
 def test_invalid_quantity_raises(quantity: str) -> None:
     with pytest.raises(ValueError, match="write a number and a unit, as in 24Gi"):
         parse_quantity(quantity)
+
+
+MIG: Final = "nvidia.com/mig-3g.40gb"
+MIXED: Final = {
+    "metadata": {
+        "name": "mixed",
+        "labels": {
+            "nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB",
+            "nvidia.com/gpu.memory": "81920",
+            "nvidia.com/gpu.compute.major": "8",
+            "nvidia.com/gpu.compute.minor": "0",
+            f"{MIG}.product": "NVIDIA-A100-SXM4-80GB-MIG-3g.40gb",
+            f"{MIG}.memory": "40192",
+            f"{MIG}.replicas": "1",
+        },
+    },
+    "spec": {"taints": [{"key": MIG, "effect": "NoSchedule"}, {"key": "nvidia.com/gpu", "effect": "NoSchedule"}]},
+    "status": {"allocatable": {"cpu": "64", "memory": "512Gi", "nvidia.com/gpu": "4", MIG: "2"}},
+}
+"""A node of which four GPUs are undivided and one is two partitions, as the MIG strategy `mixed` advertises them."""
+
+
+def test_partitions_of_a_mixed_node_are_gpus_of_their_own_resource() -> None:
+    [pool] = read_gpu_inventory([MIXED], ResourcesSpec(gpu_resource=MIG))
+    assert pool == GpuPool(
+        "NVIDIA-A100-SXM4-80GB-MIG-3g.40gb", 40_192 << 20, 2, 1, (8, 0), accelerator_of_resource(MIG)
+    )
+    assert pool.partitioned
+    assert read_gpu_inventory([MIXED], ResourcesSpec(gpu_resource="nvidia.com/mig-1g.10gb")) == ()
+
+
+def test_undivided_gpus_of_a_mixed_node_are_kept_from_others_by_the_taint_of_its_partitions() -> None:
+    assert read_gpu_inventory([MIXED], ResourcesSpec()) == ()
+    tolerant = ResourcesSpec.model_validate({"tolerations": [{"key": MIG, "operator": "Exists"}]})
+    [pool] = read_gpu_inventory([MIXED], tolerant)
+    assert (pool.gpus_per_node, pool.memory) == (4, 81_920 << 20)
+
+
+@pytest.mark.parametrize("change", [{"replicas": "4"}, {"memory": "much"}, {"product": "x", "memory": "0"}])
+def test_labels_of_the_profile_decide(change: dict[str, str]) -> None:
+    node = copy.deepcopy(MIXED)
+    node["metadata"]["labels"] |= {f"{MIG}.{name}": value for name, value in change.items()}
+    assert read_gpu_inventory([node], ResourcesSpec(gpu_resource=MIG)) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [
+        ("NVIDIA-A100-SXM4-80GB-MIG-3g.40gb", 40),
+        ("NVIDIA-A100-SXM4-40GB-MIG-1g.5gb", 5),
+        ("nvidia.com/mig-1g.10gb.me", 10),
+        ("NVIDIA-H100-80GB-HBM3", 80),
+    ],
+)
+def test_memory_of_a_partition_is_not_that_of_its_gpu(name: str, gigabytes: int) -> None:
+    assert memory_of_product(name) == gigabytes * 10**9
 
 
 def test_product_name_has_memory() -> None:

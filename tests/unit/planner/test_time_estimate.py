@@ -20,6 +20,7 @@ LLAMA_8B = 8_030_261_248
         ("NVIDIA-H100-80GB-HBM3", 989),
         ("NVIDIA-GeForce-RTX-4090", 165),
         ("NVIDIA-A10G", None),
+        ("NVIDIA-A100-SXM4-80GB-MIG-3g.40gb", None),
         ("", None),
     ],
 )

@@ -21,6 +21,11 @@ from tests.make import make_spec
         pytest.param(
             {"evaluation": {"generations": 0, "gate": {"minRougeL": 0.1}}}, "set it to 1 or more", id="gate-answers"
         ),
+        pytest.param(
+            {"resources": {"gpuResource": "nvidia.com/mig-1g.10gb", "gpusPerNode": 2}},
+            "MIG partitions cannot train together; set nodes and gpusPerNode to 1",
+            id="partitions",
+        ),
         pytest.param({"lora": {"init": "pissa"}}, "quantization.bits is 4; set spec.method to lora", id="pissa-4"),
         pytest.param(
             {"method": "lora", "quantization": {"bits": 16}, "lora": {"init": "pissa", "dora": True}},

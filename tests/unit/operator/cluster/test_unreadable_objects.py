@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qlora_api.accelerators import NVIDIA
 from qlora_api.v1alpha1 import ResourcesSpec
 from qlora_operator.cluster.cache import ChildCache
 from qlora_operator.cluster.http import Api
@@ -215,7 +216,7 @@ async def test_mutated_children_do_not_end_a_relist(job: Json, pod: Json) -> Non
 @given(node=mutated(NODE))
 async def test_mutated_node_hides_no_other_node(node: Json) -> None:
     api = Answers([node, NODE])
-    nodes = await KubeCluster(api, ChildCache()).find_gpu_nodes()
+    nodes = await KubeCluster(api, ChildCache()).find_gpu_nodes(NVIDIA)
     products = [pool.product for pool in read_gpu_inventory(nodes, ResourcesSpec())]
     assert "NVIDIA-A10" in products
     assert "NVIDIA-A10" in [pool.product for pool in read_gpu_inventory([node, NODE], ResourcesSpec())]

@@ -31,6 +31,23 @@ def train_tolerations(*tolerations: dict[str, Any]) -> list[dict[str, Any]]:
     return list(pod["tolerations"])
 
 
+def test_pod_for_a_partition_requests_tolerates_and_selects_it() -> None:
+    mig = "nvidia.com/mig-3g.40gb"
+    spec = make_spec(resources={"gpusPerNode": 1, "gpuResource": mig})
+    plan = make_plan(spec, make_prepared()).model_copy(update={"gpu_products": ("A", "B"), "min_gpu_memory": 40 << 30})
+    job = build_train_job(OWNER, spec, AttemptInputs(1, plan, make_prepared()), INSTALLATION)
+    pod = job["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["resources"]["limits"] == {"memory": "16Gi", mig: 1}
+    assert {"key": mig, "operator": "Exists"} in pod["tolerations"]
+    assert {"key": "nvidia.com/gpu", "operator": "Exists"} in pod["tolerations"]
+    affinity = pod["affinity"]["nodeAffinity"]
+    [term] = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert [item["key"] for item in term["matchExpressions"]] == [f"{mig}.product", f"{mig}.memory"]
+    [preferred] = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert preferred["preference"]["matchExpressions"][0]["key"] == f"{mig}.product"
+
+
 @pytest.mark.parametrize(
     "everything",
     [
