@@ -73,6 +73,8 @@ class FakeCluster:
         """Node labels and tolerations that the installation gives to training pods."""
         self.update_error: AdmissionDeniedError | None = None
         """Why every change of a child is refused, if it is: a policy, or a webhook that does not answer."""
+        self.deletion_error: AdmissionDeniedError | None = None
+        """Why the deletion of a Job is refused, if it is."""
         self.invalid_status: Callable[[Manifest], str | None] = lambda _: None
         """Why a status is refused, if it is."""
         self.crash_after: Callable[[int], bool] = lambda _: False
@@ -258,6 +260,9 @@ class FakeCluster:
         self._wrote("ensure", f"{key[0]}/{key[1]}")
         return existing is None
 
+    async def read_config_map(self, ref: JobRef, name: str) -> Manifest | None:  # noqa: ARG002 (as in the interface)
+        return copy.deepcopy(self.children.get(("ConfigMap", name)))
+
     async def restore_job(self, job: Manifest, run_created_at: datetime) -> bool:
         existing = self.children.get(("Job", job["metadata"]["name"]))
         restore = partial(build_restoration, job=job, run_created_at=run_created_at)
@@ -272,12 +277,12 @@ class FakeCluster:
             raise self.update_error
         if self.patch_error is not None and child["metadata"].get("labels"):
             raise self.patch_error
-        spec = existing["spec"] | child.get("spec", {})
-        existing["spec"] = {
-            name: value
-            for name, value in spec.items()
-            if value is not None  # a merge patch: null removes a field
-        }
+        if "spec" in existing:
+            spec = existing["spec"] | child.get("spec", {})
+            # A merge patch: null removes a field.
+            existing["spec"] = {name: value for name, value in spec.items() if value is not None}
+        if "data" in existing:
+            existing["data"] |= child.get("data", {})
         metadata = child["metadata"]
         existing["metadata"]["labels"] = existing["metadata"].get("labels", {}) | metadata.get("labels", {})
         existing["metadata"] |= {name: metadata[name] for name in ("ownerReferences",) if name in metadata}
@@ -287,6 +292,8 @@ class FakeCluster:
         name = child.name
         if self.children.get(("Job", name), {}).get("metadata", {}).get("uid") != child.uid:
             return
+        if self.deletion_error is not None:
+            raise self.deletion_error
         if self.foreground_deletion:
             self.children["Job", name]["metadata"]["deletionTimestamp"] = wire_time(self.now)
         else:

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save
 
 from examples.quickstart.make_model import DEFAULT_MIRROR, make_model
+from qlora_api.names import gang_service_name
 from tests.chaos.promises import Dose, promise
 from tests.cluster.node.network import GATEWAY
 from tests.cluster.node.node import NODE
@@ -232,7 +233,7 @@ def upload_broken_model(installation: Installation) -> None:
 def delete_run_service(run: Run) -> None:
     """Delete the Service, so that the pods of a run cannot resolve each other."""
     wait_for("its Service", lambda: bool(run.installation.children("service", run.name, run.namespace)), SECONDS)
-    run.kubectl("delete", "service", f"{run.name}-1")
+    run.kubectl("delete", "service", gang_service_name(run.name, 1))
 
 
 @NEVER_STARTS

@@ -112,6 +112,9 @@ class Cluster(Protocol):
 
         """
 
+    async def read_config_map(self, ref: JobRef, name: str) -> Manifest | None:
+        """Return a ConfigMap of the QLoRAJob's namespace, whoever made it; None if there is none."""
+
     async def restore_job(self, job: Manifest, run_created_at: datetime) -> bool:
         """Give a Job the labels and the owner reference again that somebody removed; return whether any were.
 
@@ -135,7 +138,12 @@ class Cluster(Protocol):
         """
 
     async def delete_job(self, ref: JobRef, child: ChildJob) -> None:
-        """Delete a child Job after its pods (foreground); no error if it is gone, or another Job has its name now."""
+        """Delete a child Job after its pods (foreground); no error if it is gone, or another Job has its name now.
+
+        Raises:
+            AdmissionDeniedError: The API server, a policy or a webhook denied the deletion.
+
+        """
 
     async def delete_configuration(self, job: RawJob) -> None:
         """Delete the ConfigMaps and Services that a QLoRAJob owns; no error if there are none."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator, Collection, Mapping
 from datetime import datetime
 from functools import partial
@@ -34,7 +35,7 @@ from qlora_operator.cluster.parse import (
     parse_pod_owner,
 )
 from qlora_operator.cluster.parse_node import parse_node
-from qlora_operator.cluster.stripped import build_restoration
+from qlora_operator.cluster.stripped import CONTROLLER_UID_LABEL, build_restoration, find_podless
 from qlora_operator.cluster.tolerant import parse_or_skip
 from qlora_operator.models import ChildJob, Manifest, Observation, RawJob, Workload
 
@@ -43,7 +44,9 @@ _log = logging.getLogger(__name__)
 ALREADY_EXISTS: Final = "AlreadyExists"
 """Reason of a 409 for an object that exists; with another reason, as of a quota, nothing was created."""
 UNPROCESSABLE: Final = 422
-"""HTTP status for an invalid object; quotas and admission policies use others."""
+"""HTTP status for an invalid object; quotas use another, admission policies and webhooks any, this one too."""
+_DENIAL: Final = re.compile(r"denied (the )?request|admission webhook|ValidatingAdmissionPolicy")
+"""What the API server writes where not it but somebody's policy refuses an object."""
 _INVALID_BODY: Final = frozenset({400, 413, UNPROCESSABLE})
 """HTTP statuses for a body that will never be accepted: it cannot be parsed, is too large, or does not fit the CRD."""
 _PREFIX: Final = {"v1": "/api/v1", "batch/v1": "/apis/batch/v1", "events.k8s.io/v1": "/apis/events.k8s.io/v1"}
@@ -142,7 +145,14 @@ class KubeCluster:
             self._api.request("GET", f"/apis/batch/v1/namespaces/{job.ref.namespace}/jobs", query=selector),
             self._api.request("GET", f"/api/v1/namespaces/{job.ref.namespace}/pods", query=selector),
         )
-        return parse_observation(job, jobs.get("items") or (), pods.get("items") or ())
+        unlabelled = [pod for uid in find_podless(jobs, pods) for pod in await self._pods_of_job(job.ref, uid)]
+        return parse_observation(job, jobs.get("items") or (), [*(pods.get("items") or ()), *unlabelled])
+
+    async def _pods_of_job(self, ref: JobRef, uid: str) -> list[dict[str, Any]]:
+        """List the pods of a Job by the label of the Job controller, without which it would replace them."""
+        selector = {"labelSelector": f"{CONTROLLER_UID_LABEL}={uid}"}
+        page = await self._api.request("GET", f"/api/v1/namespaces/{ref.namespace}/pods", query=selector)
+        return list(page.get("items") or ())
 
     async def find_gpu_nodes(self, accelerator: Accelerator) -> tuple[Manifest, ...]:
         """Return the nodes whose labels describe such GPUs; none if the operator may not list nodes."""
@@ -199,6 +209,13 @@ class KubeCluster:
             version = {"resourceVersion": existing["metadata"]["resourceVersion"]}
             await self.patch({**child, "metadata": {**child["metadata"], **version}})
 
+    async def read_config_map(self, ref: JobRef, name: str) -> Manifest | None:
+        """Return a ConfigMap, whoever made it; None if there is none."""
+        try:
+            return await self._api.request("GET", f"/api/v1/namespaces/{ref.namespace}/configmaps/{name}")
+        except NotFoundError:
+            return None
+
     async def restore_job(self, job: Manifest, run_created_at: datetime) -> bool:
         """Give a Job the labels and the owner reference again that somebody removed; return whether any were."""
         try:
@@ -236,6 +253,9 @@ class KubeCluster:
             await self._api.request("DELETE", f"/apis/batch/v1/namespaces/{ref.namespace}/jobs/{child.name}", body)
         except (ConflictError, NotFoundError):
             return
+        except (ApiError, FailedWebhookError) as error:
+            message = f"the deletion of Job {child.name} was denied: {error}"
+            raise AdmissionDeniedError(message, permanent=False) from error
 
     async def delete_configuration(self, job: RawJob) -> None:
         """Delete the ConfigMaps and Services that a QLoRAJob owns; no error if there are none."""
@@ -294,7 +314,7 @@ class KubeCluster:
         except ConflictError as error:
             if error.reason != ALREADY_EXISTS:
                 raise ClusterBusyError(f"Event {event['reason']} was not created: {error}") from error
-        except ApiError as error:
+        except (ApiError, FailedWebhookError) as error:
             _log.warning("Event %s was rejected: %s", event["reason"], error)
 
     async def review_token(self, token: str) -> PodIdentity | None:
@@ -339,8 +359,12 @@ class KubeCluster:
 
 
 def _is_invalid(error: Exception) -> bool:
-    """Return whether the API server refuses the object itself, so that trying again does not help."""
-    return isinstance(error, ApiError) and error.status == UNPROCESSABLE
+    """Return whether the API server refuses the object itself, so that trying again does not help.
+
+    A policy may be lifted; a ValidatingAdmissionPolicy without a reason refuses with the same status as the API server.
+    """
+    refused = isinstance(error, ApiError) and error.status == UNPROCESSABLE
+    return refused and _DENIAL.search(str(error)) is None
 
 
 def _job_version(item: dict[str, Any]) -> JobVersion:

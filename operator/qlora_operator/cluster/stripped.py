@@ -1,6 +1,6 @@
-"""Jobs of a run from which somebody removed the labels or the owner reference by which the operator finds them.
+"""Jobs and pods from which somebody removed the labels or the owner reference by which the operator finds them.
 
-Such a Job trains on, while its run appears to have lost it.
+They train on, while their run appears to have lost them.
 """
 
 from datetime import datetime
@@ -8,10 +8,25 @@ from typing import Final
 
 from qlora_api import names
 from qlora_operator.cluster.parse import Json, controller_uid, created_at, labels_of, pod_labels_of
+from qlora_operator.cluster.tolerant import parse_or_skip
 from qlora_operator.models import Manifest
 
 _IDENTITY: Final = frozenset({names.MANAGED_BY_LABEL, names.JOB_LABEL, names.ROLE_LABEL, *names.NUMBER_LABELS.values()})
 """Labels that a Job and its pods have alike."""
+
+CONTROLLER_UID_LABEL: Final = "batch.kubernetes.io/controller-uid"
+"""Label of the pods of a Job, with its uid."""
+
+
+def find_podless(jobs: Json, pods: Json) -> list[str]:
+    """Return the uids of Jobs that have pods, none of which is in a list of pods by the operator's label."""
+    owners = {parse_or_skip("Pod", controller_uid, pod) for pod in pods.get("items") or ()}
+    active = (parse_or_skip("Job", _uid_if_active, job) for job in jobs.get("items") or ())
+    return [uid for uid in active if uid and uid not in owners]
+
+
+def _uid_if_active(job: Json) -> str | None:
+    return str(job["metadata"]["uid"]) if (job.get("status") or {}).get("active") else None
 
 
 def build_restoration(existing: Json, job: Manifest, run_created_at: datetime) -> Manifest | None:

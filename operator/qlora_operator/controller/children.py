@@ -1,9 +1,12 @@
 """Applies a decision to the Jobs, ConfigMaps and Services of a run."""
 
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
 
+from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role
 from qlora_api.pod_profile import DEFAULT_PROFILE
 from qlora_api.reasons import Reason
@@ -19,7 +22,6 @@ from qlora_operator.lifecycle import (
     reported_manifests,
     vanished_attempt,
 )
-from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.prepare_retries import next_preparation
 from qlora_operator.lifecycle.queue import queued_jobs
 from qlora_operator.models import Action, AttemptInputs, ChildJob, Decision, Job, Manifest, Observation, earliest
@@ -31,6 +33,7 @@ from qlora_operator.resources import (
     build_prepare_config,
     build_prepare_job,
     build_queue_labels,
+    build_resumption,
     build_run_config,
     build_service,
     build_train_job,
@@ -43,6 +46,9 @@ NAME_CONFLICT_RETRY: Final = timedelta(seconds=5)
 """The garbage collector needs a few seconds to delete the children of a deleted QLoRAJob."""
 NAME_CONFLICT_PATIENCE: Final = timedelta(minutes=5)
 """A prepare Job of a deleted QLoRAJob that still exists then is on a node that does not respond."""
+
+SHORTEST_DEADLINE: Final = 1
+"""Seconds; the least that activeDeadlineSeconds may be."""
 
 
 async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision is applied to)
@@ -57,11 +63,9 @@ async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision 
         return on_name_conflict(error, decision, job, now), created
     except AdmissionDeniedError as error:
         return on_admission_denied(error, job, installation), created
-    if decision.action is Action.DELETE_RUNNING_JOBS:
-        await delete_running_jobs(job, children, cluster)
-    for outdated in outdated_prepare_jobs(job, children):
-        await cluster.delete_job(job.ref, outdated)
-    return decision, created
+    running = running_jobs(children) if decision.action is Action.DELETE_RUNNING_JOBS else []
+    denial = await delete_jobs([*running, *outdated_prepare_jobs(job, children)], job.ref, cluster)
+    return _with_denial(decision, denial) if denial else decision, created
 
 
 async def ensure_child(child: Manifest, job: Job, cluster: Cluster) -> bool:
@@ -95,8 +99,8 @@ async def limit_jobs(decision: Decision, job: Job, children: Observation, cluste
     if decision.action is Action.NONE:
         decision = await set_deadlines(decision, job, children, cluster, now)
         decision = await queue_jobs(decision, job, children, cluster)
-        for leftover in leftover_jobs(job.status, children, now):
-            await cluster.delete_job(job.ref, leftover)
+        denial = await delete_jobs(leftover_jobs(job.status, children, now), job.ref, cluster)
+        decision = _with_denial(decision, denial) if denial else decision
     requeue_at = earliest(now, decision.requeue_at, next_leftover(job.status, children, now))
     return replace(decision, requeue_at=requeue_at or decision.requeue_at)
 
@@ -109,8 +113,7 @@ async def set_deadlines(
         for patch in outdated_deadlines(decision, job, children, now):
             await cluster.patch(patch)
     except AdmissionDeniedError as error:
-        message = f"{decision.message}; its deadline is not set: {error}" if decision.message else str(error)
-        return replace(decision, message=message, requeue_after=ADMISSION_DENIED_RETRY)
+        return _with_denial(decision, f"its deadline is not set: {error}")
     return decision
 
 
@@ -124,31 +127,39 @@ async def queue_jobs(decision: Decision, job: Job, children: Observation, cluste
     return decision
 
 
-async def refresh_run_config(  # noqa: PLR0913, PLR0917 (as apply_decision)
-    decision: Decision,
-    job: Job,
-    children: Observation,
-    cluster: Cluster,
-    installation: Installation,
-    report: Progress | None,
-) -> None:
-    """Give the newest checkpoint to the next start of an attempt that its queue has suspended; its ConfigMap stays."""
-    attempt, plan = decision.attempt, job.status.plan
-    train = children.train(attempt.number) if attempt and attempt.container_seconds else None
-    if decision.phase is not Phase.QUEUED or attempt is None or train is None or plan is None:
-        return
-    message = classify_child(job, children.prepare, train.created_at).termination_message if children.prepare else None
-    if message is None or message.prepared is None:
-        return
+async def refresh_run_config(
+    decision: Decision, job: Job, children: Observation, cluster: Cluster, report: Progress | None
+) -> Decision:
+    """Give the newest checkpoint to the next start of an attempt that its queue may suspend and resume.
+
+    The trainer resumes from no other one, and deletes older ones. So each new checkpoint is passed on while the attempt
+    trains: once it is suspended, the operator may be away.
+    """
+    attempt = decision.attempt
+    train = children.train(attempt.number) if attempt else None
+    if attempt is None or train is None or train.finished or train.deleting:
+        return decision
     newest = derive_checkpoint(job.status, decision, report)
-    if job.status.phase is Phase.QUEUED and newest == job.status.checkpoint:
-        return
+    restarts = decision.phase is Phase.QUEUED and bool(attempt.container_seconds)
+    if not restarts and not (train.queue and newest != job.status.checkpoint):
+        return decision
     known = {"checkpoint": newest, "last_report": report or job.status.last_report}
     checkpoint = checkpoint_of_restart(job.status.model_copy(update=known), train.suspended_at)
     published = reported_manifests(job.spec, job.status, attempt.number + 1)
-    run = AttemptInputs(attempt.number, plan, message.prepared, checkpoint=checkpoint, published=published)
-    installation = replace(installation, image=plan.image or installation.image)
-    await cluster.ensure(build_run_config(Owner(job.ref, job.uid), job.spec, run, installation))
+    existing = await cluster.read_config_map(job.ref, train.name)
+    patch = build_resumption(existing, Owner(job.ref, job.uid), checkpoint, published) if existing else None
+    try:
+        if patch is not None:
+            await cluster.patch(patch)
+    except AdmissionDeniedError as error:
+        return _with_denial(decision, f"the attempt would resume from an older checkpoint: {error}")
+    return decision
+
+
+def _with_denial(decision: Decision, denial: str) -> Decision:
+    """Return a decision that says what was denied, and is made again soon."""
+    message = f"{decision.message}; {denial}" if decision.message else denial
+    return replace(decision, message=message, requeue_after=ADMISSION_DENIED_RETRY)
 
 
 def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:
@@ -208,14 +219,29 @@ def on_admission_denied(error: AdmissionDeniedError, job: Job, installation: Ins
     return Decision(Phase.PENDING, Reason.POD_REJECTED, message, requeue_after=ADMISSION_DENIED_RETRY)
 
 
-async def delete_running_jobs(job: Job, children: Observation, cluster: Cluster) -> None:
-    """Delete the Jobs that still run; their pods get the grace period to write a checkpoint.
+def running_jobs(children: Observation) -> list[ChildJob]:
+    """Return the Jobs that still run; their pods get the grace period to write a checkpoint.
 
     A Job whose pods have ended is kept, even if it is not marked as finished yet: it may hold the result of prepare.
     """
-    for child in children.jobs:
-        if child.holds_resources and not child.deleting:
-            await cluster.delete_job(job.ref, child)
+    return [child for child in children.jobs if child.holds_resources and not child.deleting]
+
+
+async def delete_jobs(jobs: Iterable[ChildJob], ref: JobRef, cluster: Cluster) -> str:
+    """Delete Jobs; return what was denied, or nothing. The pods of one that may not be deleted are ended all the same.
+
+    Kubernetes ends them when the deadline of the Job has passed.
+    """
+    denials: list[str] = []
+    for child in jobs:
+        try:
+            await cluster.delete_job(ref, child)
+        except AdmissionDeniedError as error:
+            denials.append(str(error))
+            if child.holds_resources and not child.suspended:
+                with suppress(AdmissionDeniedError):
+                    await cluster.patch(build_deadline(ref, child, SHORTEST_DEADLINE))
+    return "; ".join(denials)
 
 
 def outdated_prepare_jobs(job: Job, children: Observation) -> list[ChildJob]:

@@ -1,9 +1,10 @@
 """Reconciles a run that has ended: whether it is to continue, what it left running, and its children after the ttl."""
 
+import logging
 from dataclasses import replace
 
-from qlora_operator.cluster.interface import Cluster
-from qlora_operator.controller.children import delete_running_jobs
+from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster
+from qlora_operator.controller.children import ADMISSION_DENIED_RETRY, delete_jobs, running_jobs
 from qlora_operator.controller.requeue import requeue_delay
 from qlora_operator.controller.result import (
     ReconcileRequest,
@@ -21,6 +22,8 @@ from qlora_operator.models import Decision, Job, Retention, earliest
 from qlora_operator.resources import Installation
 from qlora_operator.status import with_observed_generation
 from qlora_operator.stored_job import ReadJob
+
+_log = logging.getLogger(__name__)
 
 
 async def reconcile_ended(
@@ -43,7 +46,8 @@ async def reconcile_ended(
 async def revive_run(job: Job, decision: Decision, request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
     """Delete the Jobs that a failed run left running, and let it continue."""
     children = await cluster.list_children(request.raw)
-    await delete_running_jobs(job, children, cluster)
+    denial = await delete_jobs(running_jobs(children), job.ref, cluster)
+    decision = replace(decision, message=f"{decision.message}; {denial}") if denial else decision
     return await write_status(request, decision, children, cluster)
 
 
@@ -60,9 +64,9 @@ async def answer_retry_request(request: ReconcileRequest, cluster: Cluster) -> R
         # An older CRD stores nothing of it, and repeating the write at once would not change that.
         return ReconcileResult(None if written == raw.resource_version else AT_ONCE, written, status)
     children = await cluster.list_children(raw)
-    for child in children.jobs:
-        if not child.deleting:
-            await cluster.delete_job(raw.ref, child)
+    jobs = [child for child in children.jobs if not child.deleting]
+    if denial := await delete_jobs(jobs, raw.ref, cluster):
+        raise AdmissionDeniedError(denial, permanent=False)
     begun, decision = begin_retry(previous, now)
     begun_request = replace(request, previous_status=begun, read_status=previous)
     return await write_status(begun_request, decision, children, cluster)
@@ -84,23 +88,31 @@ async def reconcile_finished(
     if job_expired:
         await cluster.delete_qlorajob(raw)
         return ReconcileResult(gone=True)
-    if not done:
-        await delete_children(request, cluster, expired=expired)
+    denial = "" if done else await delete_children(request, cluster, expired=expired)
     if uncertain:
         children = await cluster.list_children(raw)
     status = account_gpu_time(request, with_observed_generation(previous, raw.generation), children)
-    if not clean:
+    if not (clean or denial):
         status = status.model_copy(update={"children_deleted_at": now})
     requeue_at = earliest(now, *expiries, next_leftover(previous, children, now))
     written = await write_if_changed(request, status, cluster)
-    delay = requeue_delay(now, requeue_at, None, progressed=written is not None)
+    retry_after = ADMISSION_DENIED_RETRY if denial else None
+    delay = requeue_delay(now, requeue_at, retry_after, progressed=written is not None)
     return ReconcileResult(delay, written, status, request)
 
 
-async def delete_children(request: ReconcileRequest, cluster: Cluster, *, expired: bool) -> None:
-    """Delete the Jobs that outlive the run; after expiry all Jobs with their pods, ConfigMaps and Services."""
+async def delete_children(request: ReconcileRequest, cluster: Cluster, *, expired: bool) -> str:
+    """Delete the Jobs that outlive the run, and after expiry all Jobs with their pods, ConfigMaps and Services.
+
+    Returns:
+        What was denied, or nothing.
+
+    """
     raw, status, now = request.raw, request.previous_status, request.context.now
-    for child in jobs_to_delete(await cluster.list_children(raw), status, now, expired=expired):
-        await cluster.delete_job(raw.ref, child)
-    if expired:
+    jobs = jobs_to_delete(await cluster.list_children(raw), status, now, expired=expired)
+    denial = await delete_jobs(jobs, raw.ref, cluster)
+    if denial:
+        _log.warning("the Jobs of %s, which has ended, are not deleted: %s", "/".join(raw.ref), denial)
+    elif expired:
         await cluster.delete_configuration(raw)
+    return denial

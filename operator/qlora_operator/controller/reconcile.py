@@ -116,7 +116,7 @@ async def reconcile_unfinished(
     if created and is_first_step(decision, job):
         return ReconcileResult(AT_ONCE)  # status comes after the first steps of all queued QLoRAJobs
     decision = await limit_jobs(decision, job, children, cluster, now)
-    await refresh_run_config(decision, job, children, cluster, installation, request.context.last_report)
+    decision = await refresh_run_config(decision, job, children, cluster, request.context.last_report)
     return await write_status(request, decision, children, cluster)
 
 

@@ -25,6 +25,7 @@ from qlora_operator.lifecycle.gang import classify_child, deletion_deadline, is_
 from qlora_operator.lifecycle.node_health import avoided_nodes
 from qlora_operator.lifecycle.prepare_phase import follow_preparation
 from qlora_operator.lifecycle.prepare_retries import current_preparation, next_preparation
+from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.lifecycle.suspend import suspend
 from qlora_operator.lifecycle.train_phase import (
     decide_lost,
@@ -89,14 +90,22 @@ def _complete_plan(decision: Decision, job: Job, children: Observation) -> Decis
 
     Another image may name the result by another digest, so that what was trained would not be found.
     """
-    plan = decision.plan if decision.reason is Reason.PREPARED else None
-    if plan is None or plan.image is not None or children.prepare is None:
+    plan, image = decision.plan, children.prepare.image if children.prepare else None
+    if plan is None or plan.image is not None or image is None:
+        return decision
+    if decision.action is Action.TRAIN and job.status.retry is not None:
+        # A retry was prepared with the image of the installation. That is recorded before anything trains with it.
+        plan = plan.model_copy(update={"image": image})
+        return replace(
+            decision, action=Action.NONE, reason=Reason.PREPARED, plan=plan, attempt=None, requeue_after=AT_ONCE
+        )
+    if decision.reason is not Reason.PREPARED:
         return decision
     reasons = plan.reasons
     if job.skew.ignored:
         sentence = f"ignored, because operator {__version__} does not know it: spec fields {job.skew.ignored}"
         reasons = (*reasons, sentence[:MAX_PLAN_REASON])[-MAX_PLAN_REASONS:]
-    return replace(decision, plan=plan.model_copy(update={"image": children.prepare.image, "reasons": reasons}))
+    return replace(decision, plan=plan.model_copy(update={"image": image, "reasons": reasons}))
 
 
 def _take_checkpoint(decision: Decision, job: Job, children: Observation, context: ReconcileContext) -> Decision:

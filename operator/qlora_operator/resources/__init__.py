@@ -1,6 +1,6 @@
 """Pure builders of the child objects: values in, one complete Kubernetes object out, one kind per file."""
 
-from qlora_operator.resources.config_map import build_prepare_config, build_run_config
+from qlora_operator.resources.config_map import build_prepare_config, build_resumption, build_run_config
 from qlora_operator.resources.event import build_event, build_installation_event, build_quarantine_event
 from qlora_operator.resources.job import (
     build_deadline,
@@ -24,6 +24,7 @@ __all__ = [
     "build_prepare_job",
     "build_quarantine_event",
     "build_queue_labels",
+    "build_resumption",
     "build_run_config",
     "build_service",
     "build_train_job",

@@ -544,3 +544,20 @@ async def test_plan_of_earlier_version_has_the_image_of_the_installation(monkeyp
     cluster.end_pod(TRAIN, 1, make_termination_message(Reason.INTERRUPTED))
     await reconcile_until_stable(cluster)
     assert image_of(cluster, SECOND) == NEW_IMAGE
+
+
+async def test_retry_keeps_the_image_that_prepared_it_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = await start_training()
+    cluster.end_pod(TRAIN, 1, make_termination_message(Reason.MODEL_NOT_FOUND))
+    await reconcile_until_stable(cluster)
+    assert cluster.status["phase"] == "Failed"
+    monkeypatch.setattr(life, "INSTALLATION", replace(INSTALLATION, image=NEW_IMAGE))
+    cluster.annotate(names.RETRY_ANNOTATION, "1")
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(names.prepare_job_name("support-bot", 2), 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
+    assert (cluster.status["plan"]["image"], image_of(cluster, SECOND)) == (NEW_IMAGE, NEW_IMAGE)
+    monkeypatch.setattr(life, "INSTALLATION", replace(INSTALLATION, image="registry.example/trainer:3"))
+    cluster.end_pod(SECOND, 1, make_termination_message(Reason.INTERRUPTED))
+    await reconcile_until_stable(cluster)
+    assert image_of(cluster, names.train_job_name("support-bot", 3)) == NEW_IMAGE

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Attempt, Checkpoint, ManifestRef, OutputStatus, Progress, QLoRAJobStatus
 from qlora_operator.lifecycle import reported_checkpoint, reported_manifests
+from qlora_trainer.observability.progress import DELIVERED
 from qlora_trainer.storage.local_store import FileStore
 from qlora_trainer.storage.store import OUTPUT_FIELD
 from qlora_trainer.training.checkpoint_store import CheckpointCallbacks, CheckpointStore
@@ -130,6 +131,20 @@ def test_chain_of_digests_continues_after_a_resume(run: Run) -> None:
     second.save(make_state(5), keep=2)
     (run.folder / "step-000005-a2/adapter.safetensors").write_bytes(b"cut")
     assert run.resume() == (4, 1.0)
+
+
+def test_checkpoint_that_the_configuration_names_outlives_newer_reports(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Job that its queue suspends starts again with the configuration that it has, unless that was replaced."""
+    second, configured = run.attempt(2), run.reported[-1]
+    assert second.load_latest(configured) is not None
+    for step in (5, 6, 7):
+        second.save(make_state(step), keep=1)
+        monkeypatch.setattr(DELIVERED, "checkpoint", f"step-{step:06}-a2")
+    found = run.attempt(2).load_latest(configured)
+    assert found is not None
+    assert found.state.step == 4
 
 
 def test_without_a_reported_digest_the_newest_checkpoint_is_resumed_from(run: Run) -> None:

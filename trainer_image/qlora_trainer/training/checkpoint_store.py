@@ -266,10 +266,11 @@ class CheckpointStore:
             # Newer ones were skipped on load; they must not displace checkpoints that this run can resume from.
             usable = sorted(found for found in _parse_ids(folders) if folders[found.name] and found <= newest)
             partial = [found for found in _parse_ids(folders) if not folders[found.name] and _is_stale(found, newest)]
-            # The operator names the last one that it heard of to the next attempt, which believes no newer one.
-            reported = DELIVERED.checkpoint or self._resumed_from
+            # The operator names the last one that it heard of to the next start, which believes no newer one; or the
+            # one of this start, if it could not replace that.
+            named = {DELIVERED.checkpoint, self._resumed_from}
             for found in [*usable[:-keep], *partial]:
-                if found.name != reported:
+                if found.name not in named:
                     self._remove(found.name)
         except RunError as error:
             self._log_prune_failure(error)

@@ -9,7 +9,7 @@ from kubernetes.aio import client
 from qlora_api import names
 from qlora_api.names import Role
 from qlora_operator.cluster.cache import ChildCache
-from qlora_operator.cluster.http import Api, ApiError, ConflictError, NotFoundError
+from qlora_operator.cluster.http import Api, ApiError, ConflictError, FailedWebhookError, NotFoundError
 from qlora_operator.cluster.interface import (
     AdmissionDeniedError,
     ClusterBusyError,
@@ -357,3 +357,108 @@ def raw_job() -> RawJob:
     made = make_manifest()
     metadata = {"uid": UID, "generation": 1, "resourceVersion": "7", "creationTimestamp": NOW.isoformat()}
     return parse_job({**made, "metadata": {**made["metadata"], **metadata}})
+
+
+POLICY = 'jobs.batch "bot-1" is forbidden: ValidatingAdmissionPolicy "freeze" with binding "all" denied request: frozen'
+WEBHOOK = 'admission webhook "validate.example" denied the request: no'
+SHAPE = 'Job.batch "bot-1" is invalid: spec.template.spec.containers[0].image: Required value'
+
+
+class DenyingApi(Api):
+    """Refuses everything with one error."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(client.Configuration())
+        self._error = error
+
+    async def request(self, *_: Any, **__: Any) -> dict[str, Any]:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("message", "permanent"),
+    [
+        pytest.param(f"422 Invalid: {POLICY}", False, id="policy"),
+        pytest.param(f"422 : {WEBHOOK}", False, id="webhook"),
+        pytest.param(f"422 Invalid: {SHAPE}", True, id="object"),
+    ],
+)
+async def test_only_the_api_server_itself_refuses_for_good(message: str, permanent: bool) -> None:
+    api = DenyingApi(ApiError(422, "Invalid", message))
+    with pytest.raises(AdmissionDeniedError) as denied:
+        await KubeCluster(api, ChildCache()).ensure(CONFIG)
+    assert denied.value.permanent == permanent
+    await api.close()
+
+
+REFUSALS = [
+    pytest.param(ApiError(403, "Forbidden", f"403 Forbidden: {POLICY}"), id="policy"),
+    pytest.param(FailedWebhookError('500 : failed calling webhook "validate.example": refused'), id="webhook"),
+]
+
+
+@pytest.mark.parametrize("error", REFUSALS)
+async def test_event_that_is_refused_stops_nothing(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+    api = DenyingApi(error)
+    event = {"apiVersion": "events.k8s.io/v1", "kind": "Event", "reason": "Training", "metadata": {"namespace": "ml"}}
+    await KubeCluster(api, ChildCache()).record_event(event)
+    assert "Event Training was rejected" in caplog.text
+    await api.close()
+
+
+@pytest.mark.parametrize("error", REFUSALS)
+async def test_refused_deletion_names_the_job_and_who_refuses(error: Exception) -> None:
+    api = DenyingApi(error)
+    with pytest.raises(AdmissionDeniedError, match=r"deletion of Job bot-1 was denied: .*(freeze|validate.example)"):
+        await KubeCluster(api, ChildCache()).delete_job(REF, CHILD)
+    await api.close()
+
+
+class ListedJobs(Api):
+    """Lists a Job whose status counts a pod, and pods by selector."""
+
+    def __init__(self, active: int, pods: dict[str, list[dict[str, Any]]]) -> None:
+        super().__init__(client.Configuration())
+        self._pods = pods
+        self._job = make_train_job(active)
+        self.selectors: list[str] = []
+
+    async def request(self, _: str, path: str, *__: Any, query: Any = None, **___: Any) -> dict[str, Any]:
+        self.selectors.append(query["labelSelector"])
+        if path.endswith("/jobs"):
+            return {"items": [self._job]}
+        return {"items": self._pods.get(query["labelSelector"], [])}
+
+
+def make_train_job(active: int) -> dict[str, Any]:
+    labels = {"qlora.dev/job": REF.name, "qlora.dev/role": "train", "qlora.dev/attempt": "1"}
+    owner = {"kind": "QLoRAJob", "name": REF.name, "uid": UID, "controller": True}
+    metadata = {"name": f"{REF.name}-1", "namespace": "ml", "uid": "job-uid", "creationTimestamp": NOW.isoformat()}
+    return {
+        "metadata": {**metadata, "labels": labels, "ownerReferences": [owner]},
+        "spec": {},
+        "status": {"active": active, "startTime": NOW.isoformat()},
+    }
+
+
+RUN = RawJob(REF, UID, 1, "1", NOW, deleting=False, spec={}, status={})
+BY_LABEL = f"qlora.dev/job={REF.name}"
+BY_CONTROLLER = "batch.kubernetes.io/controller-uid=job-uid"
+
+
+@pytest.mark.parametrize(
+    ("active", "selector", "looked_up"),
+    [(1, BY_CONTROLLER, True), (1, BY_LABEL, False), (0, BY_CONTROLLER, False)],
+    ids=["label removed", "labelled", "no pod"],
+)
+async def test_pod_whose_label_somebody_removed_is_found_by_its_job(
+    active: int, selector: str, looked_up: bool
+) -> None:
+    pod = make_item("pod-uid", *OF_JOB) | {"spec": {}, "status": {"phase": "Running"}}
+    pod["metadata"] |= {"name": "bot-1-0-abcde", "namespace": "ml"}
+    api = ListedJobs(active, {selector: [pod]})
+    children = await KubeCluster(api, ChildCache()).list_children(RUN)
+    assert (BY_CONTROLLER in api.selectors) == looked_up
+    [job] = children.jobs
+    assert [found.name for found in job.pods] == (["bot-1-0-abcde"] if looked_up or selector == BY_LABEL else [])
+    await api.close()
