@@ -24,7 +24,7 @@ NAMESPACE: Final = "exit-causes"
 SMALL_DISK: Final = "small-disk"
 """A namespace whose pods may write 64 MiB."""
 COMMIT: Final = "2" * 40
-SECONDS: Final = 300
+SECONDS: Final = 600
 STEPS: Final = 16
 ROWS: Final = 64
 """Rows of a pass that 3 GiB do not hold."""

@@ -10,10 +10,8 @@ from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase, Role
 from qlora_api.pod_profile import DEFAULT_PROFILE
 from qlora_api.reasons import Reason
-from qlora_api.v1alpha1 import Progress
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, NameConflictError
 from qlora_operator.lifecycle import (
-    checkpoint_of_restart,
     disliked_nodes,
     job_deadline,
     leftover_jobs,
@@ -33,12 +31,11 @@ from qlora_operator.resources import (
     build_prepare_config,
     build_prepare_job,
     build_queue_labels,
-    build_resumption,
     build_run_config,
     build_service,
     build_train_job,
 )
-from qlora_operator.status import derive_checkpoint, merge_attempt
+from qlora_operator.status import merge_attempt
 
 ADMISSION_DENIED_RETRY: Final = timedelta(minutes=1)
 """People have to change quotas and policies, so retrying sooner gains nothing."""
@@ -65,7 +62,7 @@ async def apply_decision(  # noqa: PLR0913, PLR0917 (everything that a decision 
         return on_admission_denied(error, job, installation), created
     running = running_jobs(children) if decision.action is Action.DELETE_RUNNING_JOBS else []
     denial = await delete_jobs([*running, *outdated_prepare_jobs(job, children)], job.ref, cluster)
-    return _with_denial(decision, denial) if denial else decision, created
+    return with_denial(decision, denial) if denial else decision, created
 
 
 async def ensure_child(child: Manifest, job: Job, cluster: Cluster) -> bool:
@@ -100,7 +97,7 @@ async def limit_jobs(decision: Decision, job: Job, children: Observation, cluste
         decision = await set_deadlines(decision, job, children, cluster, now)
         decision = await queue_jobs(decision, job, children, cluster)
         denial = await delete_jobs(leftover_jobs(job.status, children, now), job.ref, cluster)
-        decision = _with_denial(decision, denial) if denial else decision
+        decision = with_denial(decision, denial) if denial else decision
     requeue_at = earliest(now, decision.requeue_at, next_leftover(job.status, children, now))
     return replace(decision, requeue_at=requeue_at or decision.requeue_at)
 
@@ -113,7 +110,7 @@ async def set_deadlines(
         for patch in outdated_deadlines(decision, job, children, now):
             await cluster.patch(patch)
     except AdmissionDeniedError as error:
-        return _with_denial(decision, f"its deadline is not set: {error}")
+        return with_denial(decision, f"its deadline is not set: {error}")
     return decision
 
 
@@ -127,36 +124,7 @@ async def queue_jobs(decision: Decision, job: Job, children: Observation, cluste
     return decision
 
 
-async def refresh_run_config(
-    decision: Decision, job: Job, children: Observation, cluster: Cluster, report: Progress | None
-) -> Decision:
-    """Give the newest checkpoint to the next start of an attempt that its queue may suspend and resume.
-
-    The trainer resumes from no other one, and deletes older ones. So each new checkpoint is passed on while the attempt
-    trains: once it is suspended, the operator may be away.
-    """
-    attempt = decision.attempt
-    train = children.train(attempt.number) if attempt else None
-    if attempt is None or train is None or train.finished or train.deleting:
-        return decision
-    newest = derive_checkpoint(job.status, decision, report)
-    restarts = decision.phase is Phase.QUEUED and bool(attempt.container_seconds)
-    if not restarts and not (train.queue and newest != job.status.checkpoint):
-        return decision
-    known = {"checkpoint": newest, "last_report": report or job.status.last_report}
-    checkpoint = checkpoint_of_restart(job.status.model_copy(update=known), train.suspended_at)
-    published = reported_manifests(job.spec, job.status, attempt.number + 1)
-    existing = await cluster.read_config_map(job.ref, train.name)
-    patch = build_resumption(existing, Owner(job.ref, job.uid), checkpoint, published) if existing else None
-    try:
-        if patch is not None:
-            await cluster.patch(patch)
-    except AdmissionDeniedError as error:
-        return _with_denial(decision, f"the attempt would resume from an older checkpoint: {error}")
-    return decision
-
-
-def _with_denial(decision: Decision, denial: str) -> Decision:
+def with_denial(decision: Decision, denial: str) -> Decision:
     """Return a decision that says what was denied, and is made again soon."""
     message = f"{decision.message}; {denial}" if decision.message else denial
     return replace(decision, message=message, requeue_after=ADMISSION_DENIED_RETRY)

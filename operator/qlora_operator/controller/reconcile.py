@@ -16,11 +16,11 @@ from qlora_operator.controller.children import (
     missing_queue_labels,
     outdated_deadlines,
     outdated_prepare_jobs,
-    refresh_run_config,
     restore_jobs,
 )
 from qlora_operator.controller.finished import reconcile_ended
 from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, write_status
+from qlora_operator.controller.run_config import refresh_run_config
 from qlora_operator.lifecycle import (
     ReconcileContext,
     decide,
@@ -116,7 +116,8 @@ async def reconcile_unfinished(
     if created and is_first_step(decision, job):
         return ReconcileResult(AT_ONCE)  # status comes after the first steps of all queued QLoRAJobs
     decision = await limit_jobs(decision, job, children, cluster, now)
-    decision = await refresh_run_config(decision, job, children, cluster, request.context.last_report)
+    report = request.context.last_report
+    decision = await refresh_run_config(decision, job, children, cluster, installation, report)
     return await write_status(request, decision, children, cluster)
 
 

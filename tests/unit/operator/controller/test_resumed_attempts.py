@@ -84,7 +84,7 @@ async def test_checkpoint_that_may_not_be_passed_on_is_passed_on_when_it_may() -
     run = await run_in_queue()
     run.cluster.update_error = AdmissionDeniedError("policy: frozen", permanent=False)
     await report_checkpoint(run, 600)
-    assert "would resume from an older checkpoint: policy: frozen" in run.status["message"]
+    assert "would not resume from its newest checkpoint: policy: frozen" in run.status["message"]
     run.kubernetes.preempt(TRAIN, PREEMPTED)
     await run.run(3 * MINUTE)
     assert run.outcome[0] == "Queued"
@@ -92,6 +92,24 @@ async def test_checkpoint_that_may_not_be_passed_on_is_passed_on_when_it_may() -
     run.cluster.update_error = None
     await run.run(3 * MINUTE)
     assert next_start(run) == 600
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["never ran", "preempted"])
+async def test_configuration_that_somebody_deleted_in_the_queue_is_created_anew(ran: bool) -> None:
+    run = Simulation(resources={"gpusPerNode": 1}, queue={"name": "gpus"})
+    await run.prepare()
+    before = dict(run.cluster.children["ConfigMap", TRAIN]["data"])
+    if ran:
+        run.kubernetes.admit(TRAIN)
+        await run.run(2 * MINUTE)
+        await report_checkpoint(run, 700)
+        run.kubernetes.preempt(TRAIN, PREEMPTED)
+        await run.run(3 * MINUTE)
+    del run.cluster.children["ConfigMap", TRAIN]
+    run.kubernetes.admit(TRAIN)
+    await run.run(2 * MINUTE)
+    assert next_start(run) == (700 if ran else None)
+    assert run.cluster.children["ConfigMap", TRAIN]["data"].keys() == before.keys()
 
 
 async def test_run_without_a_queue_writes_no_configuration_while_it_trains() -> None:
