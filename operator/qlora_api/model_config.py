@@ -1,7 +1,7 @@
 """The part of a model's config.json that decides its size: recorded by prepare, read by the plan."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from qlora_api.base import check_numbers
@@ -62,13 +62,52 @@ MAX_PARAMETERS: Final = 10**13
 MAX_CONFIG: Final = 2048
 """Maximum characters of a reduced config.json: it is part of a pod's termination message, which has 4,096 bytes."""
 
+SIZED_TYPES: Final = frozenset(
+    {
+        "falcon",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "gpt_neox",
+        "llama",
+        "mistral",
+        "mixtral",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+    }
+)
+"""model_type of the families whose size follows from SIZE_KEYS; prepare records the modules of all others instead."""
+TRACED: Final = "traced"
+"""Key of the sizes of a model's modules in what prepare records instead of SIZE_KEYS."""
+TRACED_VERSION: Final = 1
+"""Version of these sizes; the plan does not read those of another one."""
+
 _MAX_ESCAPED_CONFIG: Final = MAX_CONFIG + 256
 """Maximum characters of it in that message, where quotes have backslashes; the other facts take up to 1,800 bytes."""
 
 
 def reduce_config(config: Mapping[str, Any]) -> str:
     """Return the part of a config.json that decides the size, as JSON; empty if that is longer than MAX_CONFIG."""
-    text = json.dumps(_reduced(config), separators=(",", ":"), sort_keys=True)
+    return _write(_reduced(config))
+
+
+def record_sizes(config: Mapping[str, Any], traced: Iterable[Mapping[str, Any]]) -> str:
+    """Return the first sizes of modules that fit into MAX_CONFIG, as JSON; if none does, what the config.json says.
+
+    Args:
+        config: The model's config.json.
+        traced: The sizes in decreasing detail.
+
+    """
+    texts = (_write({"model_type": config.get("model_type"), TRACED: sizes}) for sizes in traced)
+    return next(filter(None, texts), reduce_config(config))
+
+
+def _write(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, separators=(",", ":"), sort_keys=True)
     return text if len(text) <= MAX_CONFIG and len(json.dumps(text)) <= _MAX_ESCAPED_CONFIG else ""
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from math import ceil
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from qlora_api.accelerators import DeviceName, usual_device
 from qlora_api.escapes import cut_escaped, escape_line
 from qlora_api.prepared import Prepared
 from qlora_api.steps import steps_of_epochs, steps_per_epoch, total_steps
 from qlora_api.strategies import DDP, SINGLE, Distribution, StrategyName
+from qlora_api.units import format_gib
 from qlora_api.v1alpha1 import DataStatus, Plan, QLoRAJobSpec, TrainingSpec
 from qlora_api.v1alpha1.status import MAX_PLAN_REASON
 from qlora_planner.explain import explain_sizing
@@ -75,7 +76,8 @@ def make_plan(
         unsized: tuple[str, ...] = (_explain_unsized(error),)
     else:
         if sized is not None:
-            return _plan_of(*sized, prepared)
+            work, choice = sized
+            return (_plan_of if work.knows_activations else _plan_by_weights)(work, choice, prepared)
         unsized = ("peak memory is not estimated: the cluster's nodes show fewer GPUs than the run needs",)
     most = max(inventory, key=lambda pool: pool.count_pods(1), default=None)
     device = most.accelerator.device if most else usual_device(spec.resources.gpus_per_node)
@@ -121,9 +123,7 @@ def _plan_of(work: TrainingWorkload, choice: GpuChoice, prepared: Prepared) -> P
         gradient_accumulation=ceil(rows / layout.micro_batch),
         total_steps=steps.total,
         gradient_checkpointing=layout.checkpointing,
-        gpu_product=allocation.pool.product or None,
-        gpu_products=choice.products or None,
-        min_gpu_memory=choice.min_memory,
+        **_products_of(choice),
         peak_bytes=sizing.estimate.peak,
         reasons=(
             *explain_sizing(work, sizing),
@@ -132,6 +132,36 @@ def _plan_of(work: TrainingWorkload, choice: GpuChoice, prepared: Prepared) -> P
             steps.reason,
             *_explain_duration(work, sizing, steps.total),
         ),
+    )
+
+
+def _products_of(choice: GpuChoice) -> dict[str, Any]:
+    """Return the fields of a plan that say on which GPUs its pods may run."""
+    return {
+        "gpu_product": choice.sizing.allocation.pool.product or None,
+        "gpu_products": choice.products or None,
+        "min_gpu_memory": choice.min_memory,
+    }
+
+
+def _plan_by_weights(work: TrainingWorkload, choice: GpuChoice, prepared: Prepared) -> Plan:
+    """Choose by the default recipe, on GPUs that hold weights, adapter and optimizer of the run."""
+    sizing = choice.sizing
+    allocation, strategy = sizing.allocation, sizing.layout.strategy
+    why = f"strategy {strategy}: {sizing.layout.sharing.chosen_because}"
+    remarks = (_explain_weights(work, sizing), *choice.reasons)
+    default = choose_strategy(work.spec.distribution, allocation.processes)
+    chosen = default if default.name == strategy else ChosenStrategy(strategy, why)
+    plan = _default_plan(work.spec, prepared, allocation.pool.accelerator.device, remarks, chosen)
+    return plan.model_copy(update=_products_of(choice))
+
+
+def _explain_weights(work: TrainingWorkload, sizing: Sizing) -> str:
+    """Say what is known of the peak, and what is not."""
+    least, usable = format_gib(sizing.estimate.minimum), format_gib(sizing.allocation.pool.usable)
+    sentence = f"peak memory is not estimated: all but the activations takes {least} of {usable} per GPU"
+    return cut_escaped(
+        escape_line(f"{sentence}, and those of a model of type '{work.shape.family}' are not known"), MAX_PLAN_REASON
     )
 
 
@@ -145,10 +175,16 @@ def _explain_duration(work: TrainingWorkload, sizing: Sizing, steps: int) -> tup
     return explain_duration(allocation.pool.product, allocation.processes, weights, tokens, recomputed=recomputed)
 
 
-def _default_plan(spec: QLoRAJobSpec, prepared: Prepared, device: DeviceName, remarks: Sequence[str] = ()) -> Plan:
+def _default_plan(
+    spec: QLoRAJobSpec,
+    prepared: Prepared,
+    device: DeviceName,
+    remarks: Sequence[str] = (),
+    strategy: ChosenStrategy | None = None,
+) -> Plan:
     """Choose by the default recipe, without an estimate of memory; the remarks say why."""
     resources, training = spec.resources, spec.training
-    strategy = choose_strategy(spec.distribution, resources.processes)
+    strategy = strategy or choose_strategy(spec.distribution, resources.processes)
     rows = ceil(training.global_batch_size / resources.processes)
     micro_batch = choose_micro_batch(training, rows, device)
     accumulation = ceil(rows / micro_batch.size)

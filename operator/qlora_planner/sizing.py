@@ -98,7 +98,8 @@ def size_run(work: TrainingWorkload, inventory: GpuInventory, *, flexible: bool 
 def check_known(work: TrainingWorkload) -> None:
     """Reject adapters on stacked experts: peft adds each update to a copy of all weights, which was never measured."""
     if (
-        any(block.stacked for block in work.shape.blocks)
+        work.knows_activations
+        and any(block.stacked for block in work.shape.blocks)
         and work.spec.lora.targets == (ALL_LINEAR,)
         and not work.full_finetune
     ):

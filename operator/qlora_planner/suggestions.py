@@ -36,6 +36,8 @@ def describe_misfit(work: TrainingWorkload, inventory: GpuInventory, misfit: Mis
     condition = f"with micro-batch {layout.micro_batch}{' and gradient checkpointing' if layout.checkpointing else ''}"
     if nearest.estimate.loads_more_than_it_trains:
         condition = "while every process loads the full base"
+    elif not work.knows_activations:
+        condition = "besides the activations of its layers, which are not estimated"
     return (
         f"needs {format_gib(nearest.estimate.peak)} per GPU {condition}, {format_gib(misfit.missing)} more than the "
         f"{format_gib(pool.usable)} that a process has on a {gpu}; {suggest_change(work, inventory, misfit)}"
@@ -44,12 +46,13 @@ def describe_misfit(work: TrainingWorkload, inventory: GpuInventory, misfit: Mis
 
 def suggest_change(work: TrainingWorkload, inventory: GpuInventory, misfit: Misfit) -> str:
     """Return the first change that fits, lossless ones first, or else the memory of a GPU that would suffice."""
+    fits = "it fits" if work.knows_activations else "these parts fit"
     lossless = (change.sentence for change in find_lossless_changes(work, misfit) if _fits(change, inventory))
     lossy = (change.sentence for change in find_lossy_changes(work) if _fits(change, inventory))
     if (found := next(lossless, None) or _more_gpus(work, inventory) or next(lossy, None)) is not None:
-        return f"it fits with {found}"
+        return f"{fits} with {found}"
     needed = ceil(misfit.nearest.estimate.peak / (1 - RESERVED_SHARE) / GIB)
-    return f"it fits on a GPU with {needed} GiB or more"
+    return f"{fits} on a GPU with {needed} GiB or more"
 
 
 def _fits(change: Suggestion, inventory: GpuInventory) -> bool:

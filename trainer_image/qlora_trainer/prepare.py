@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from qlora_api import __version__
-from qlora_api.model_config import reduce_config
 from qlora_api.object_names import ObjectName
 from qlora_api.prepared import PinnedTasks, Prepared, PreparedInputs
 from qlora_api.reasons import Reason
@@ -172,6 +171,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
     from qlora_trainer.model.adapter import resolve_adapter  # noqa: PLC0415
     from qlora_trainer.model.architecture import build_empty, describe, load_tokenizer, read_config  # noqa: PLC0415
     from qlora_trainer.model.full_finetune import check_parameter_limit  # noqa: PLC0415
+    from qlora_trainer.model.module_sizes import describe_size  # noqa: PLC0415
     from qlora_trainer.model.quantization import (  # noqa: PLC0415
         check_quantizable,
         check_stored_quantization,
@@ -188,6 +188,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
         check_parameter_limit(architecture.name, architecture.parameters)
     else:
         check_modules(architecture, spec)
+    sizes = describe_size(empty, read_config(folder))  # before PEFT replaces modules
     adapter = {} if spec.method == "full" else resolve_adapter(empty, spec.lora)
     size = f"{architecture.name} with {architecture.parameters:,} weights"
     return InspectedModel(
@@ -196,7 +197,7 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
             commit=snapshot.commit,
             architecture=architecture.name,
             parameters=architecture.parameters,
-            config=reduce_config(read_config(folder)),
+            config=sizes,
         ),
         empty.config.model_type,
         folder,

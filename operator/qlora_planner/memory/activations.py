@@ -10,7 +10,7 @@ from typing import Final
 from qlora_planner.memory.autograd_tape import Segment, SimulatedMemory, Tensor, simulate
 from qlora_planner.memory.decoder import Decoder
 from qlora_planner.memory.forward_config import FP32, ForwardConfig
-from qlora_planner.models.shapes import ModelShape
+from qlora_planner.models.shapes import ModelShape, ModelWeights
 
 LOGITS_PER_CHUNK: Final = 1 << 25
 """Logits that exist at once: qlora_trainer.model.loss.LOGITS_PER_CHUNK."""
@@ -82,7 +82,13 @@ def _chunked_loss(decoder: Decoder, states: Tensor) -> Tensor:
     return record.update_last(forward_workspace=_chunk_bytes(decoder.shape, config), backward_workspace=scaled)
 
 
-def _chunk_bytes(shape: ModelShape, config: ForwardConfig) -> int:
+def least_activations(shape: ModelWeights, config: ForwardConfig) -> Activations:
+    """Return what the loss alone takes: a lower bound for a model whose layers are not known."""
+    states = config.batch.labels * shape.head.inputs * config.compute
+    return Activations(states, states + _chunk_bytes(shape, config))
+
+
+def _chunk_bytes(shape: ModelWeights, config: ForwardConfig) -> int:
     """Return the peak bytes for one chunk of logits [positions, vocabulary]."""
     logits = min(max(LOGITS_PER_CHUNK // shape.vocabulary, 1), config.batch.labels) * shape.vocabulary
     # The product, its cast to fp32, and the log-softmax.
@@ -92,7 +98,7 @@ def _chunk_bytes(shape: ModelShape, config: ForwardConfig) -> int:
     return max(forward, backward, _head_gradient_bytes(shape, config, logits) if config.full_finetune else 0)
 
 
-def _head_gradient_bytes(shape: ModelShape, config: ForwardConfig, logits: int) -> int:
+def _head_gradient_bytes(shape: ModelWeights, config: ForwardConfig, logits: int) -> int:
     """Return the peak bytes for a trainable head: its gradient next to that of the logits, then cast to fp32."""
     gradient = shape.head.weights * config.compute
     return max(gradient + logits * config.compute, gradient + shape.head.weights * FP32 if config.autocast else 0)

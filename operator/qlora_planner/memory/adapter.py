@@ -1,11 +1,11 @@
 """Trainable weights of a run: the matrices of the adapter, DoRA's magnitudes, and fully trained modules."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from qlora_api.v1alpha1 import LoraSpec, QLoRAJobSpec, QuantizationSpec
-from qlora_planner.models.shapes import MismatchError, ModelShape
+from qlora_planner.models.shapes import SET_GPUS_EXPLICITLY, MismatchError, ModelShape, ModelWeights, UnknownModelError
 
 ALL_LINEAR: Final = "all-linear"
 
@@ -37,11 +37,18 @@ class Trainable:
         return sum(self.tensors)
 
 
-def find_trainable(shape: ModelShape, spec: QLoRAJobSpec) -> Trainable:
-    """Return what a run trains; MismatchError if spec.lora.targets do not match the model."""
+def find_trainable(shape: ModelWeights, spec: QLoRAJobSpec) -> Trainable:
+    """Return what a run trains.
+
+    Raises:
+        MismatchError: spec.lora.targets do not match the model.
+        UnknownModelError: The sizes of what they match are not known.
+
+    """
     if spec.method == "full":
         return Trainable(full_weights=tuple(size for size in _every_tensor(shape) if size))
     check_targets(shape, spec.lora)
+    check_remapped(shape, spec.lora)
     ranks, linears = _ranks(shape, spec.lora), dict(shape.named_linears())
     return Trainable(
         matrices=(
@@ -53,7 +60,7 @@ def find_trainable(shape: ModelShape, spec: QLoRAJobSpec) -> Trainable:
     )
 
 
-def check_base(shape: ModelShape, quantization: QuantizationSpec) -> None:
+def check_base(shape: ModelWeights, quantization: QuantizationSpec) -> None:
     """Raise MismatchError for a quantized base without quantizable layers, as prepare does."""
     if quantization.bits != 16 and not shape.quantizable:
         raise MismatchError(
@@ -62,7 +69,7 @@ def check_base(shape: ModelShape, quantization: QuantizationSpec) -> None:
         )
 
 
-def check_targets(shape: ModelShape, lora: LoraSpec) -> None:
+def check_targets(shape: ModelWeights, lora: LoraSpec) -> None:
     """Raise MismatchError for targets that match no module, as prepare does."""
     names = [name for name, _ in shape.named_linears()]
     if lora.targets != (ALL_LINEAR,):
@@ -80,6 +87,18 @@ def check_targets(shape: ModelShape, lora: LoraSpec) -> None:
         )
 
 
+def check_remapped(shape: ModelWeights, lora: LoraSpec) -> None:
+    """Raise UnknownModelError for targets that peft takes for stacked experts of the same name too."""
+    remapped = sorted(
+        name for name in shape.not_in_all_linear if any(name == target.rpartition(".")[2] for target in lora.targets)
+    )
+    if remapped:
+        raise UnknownModelError(
+            f"spec.lora.targets: {remapped[0]} names the stacked experts of {shape.family} too, and the memory of "
+            f"their adapters is not known; name the projections of attention, or {SET_GPUS_EXPLICITLY}"
+        )
+
+
 def ranks_of_layer(shape: ModelShape, lora: LoraSpec) -> dict[str, int]:
     """Return the rank of each adapted layer by its path below its block; if blocks differ, the largest."""
     largest: dict[str, int] = {}
@@ -90,10 +109,13 @@ def ranks_of_layer(shape: ModelShape, lora: LoraSpec) -> dict[str, int]:
     return largest
 
 
-def _ranks(shape: ModelShape, lora: LoraSpec) -> dict[str, int]:
+def _ranks(shape: ModelWeights, lora: LoraSpec) -> dict[str, int]:
     """Return the rank of every adapted layer; if several rankPattern keys match, the longest counts."""
     names = [name for name, _ in shape.named_linears()]
-    adapted = names if lora.targets == (ALL_LINEAR,) else _matching_modules(names, lora.targets)
+    if lora.targets == (ALL_LINEAR,):
+        adapted = [name for name in names if name.rpartition(".")[2] not in shape.not_in_all_linear]
+    else:
+        adapted = _matching_modules(names, lora.targets)
     ranks = dict.fromkeys(adapted, lora.rank)
     for pattern in sorted(lora.rank_pattern, key=len):
         ranks |= dict.fromkeys(_matching_modules(adapted, [pattern]), lora.rank_pattern[pattern])
@@ -106,7 +128,7 @@ def _matching_modules(modules: Iterable[str], patterns: Iterable[str]) -> list[s
     return [name for name in modules if f".{name}".endswith(suffixes)]
 
 
-def _stacked_experts(shape: ModelShape, lora: LoraSpec) -> Iterator[int]:
+def _stacked_experts(shape: ModelWeights, lora: LoraSpec) -> Iterator[int]:
     """Yield the sizes of adapters on stacked experts, which peft adds for all-linear only."""
     if lora.targets != (ALL_LINEAR,):
         return
@@ -116,16 +138,21 @@ def _stacked_experts(shape: ModelShape, lora: LoraSpec) -> Iterator[int]:
             yield from (rank * matrix.inputs, rank * matrix.outputs)
 
 
-def _modules_to_save(shape: ModelShape, patterns: Iterable[str]) -> Iterator[int]:
+def _modules_to_save(shape: ModelWeights, patterns: Sequence[str]) -> Iterator[int]:
     sizes = dict(shape.named_modules())
     matched = _matching_modules(sizes, patterns)
+    if unknown := next((pattern for pattern in patterns if not _matching_modules(sizes, [pattern])), None):
+        raise UnknownModelError(
+            f"spec.lora.modulesToSave: a model of type {shape.family} has no module {unknown} of a known size; correct "
+            f"the name, or {SET_GPUS_EXPLICITLY}"
+        )
     # peft keeps tied embedding and output layer as one weight if either is trained.
     counted_twice = shape.tied and {shape.embedding.path, shape.head.path} <= set(matched)
     for name in matched:
         yield sizes[name] - (shape.head.weights if counted_twice and name == shape.head.path else 0)
 
 
-def _every_tensor(shape: ModelShape) -> Iterator[int]:
+def _every_tensor(shape: ModelWeights) -> Iterator[int]:
     yield shape.embedding.parameters
     yield shape.head.parameters - (shape.head.weights if shape.tied else 0)
     yield from (module.parameters for module in shape.outside)

@@ -11,11 +11,12 @@ from qlora_api.precision import compute_dtype_of
 from qlora_api.strategies import SINGLE, STRATEGIES, Strategy, StrategyName
 from qlora_api.units import MIB
 from qlora_api.v1alpha1 import QLoRAJobSpec
-from qlora_planner.memory.activations import Activations, estimate_activations
+from qlora_planner.memory.activations import Activations, estimate_activations, least_activations
 from qlora_planner.memory.adapter import Trainable, find_trainable, ranks_of_layer
 from qlora_planner.memory.forward_config import BatchShape, ForwardConfig, Kernel
 from qlora_planner.memory.weights import FP32, HALF, BaseBytes, base_bytes, optimizer_bytes
 from qlora_planner.models.shapes import Linear, ModelShape
+from qlora_planner.models.traced import TracedShape
 
 CONTEXT: Final = 500 * MIB
 """Bytes of a process's CUDA context, torch's and bitsandbytes' kernels in it: 0.49 GiB on an A100 (TianheWu/CoSeR#10)
@@ -111,7 +112,7 @@ class TrainingWorkload:
     """Everything about a run that its memory depends on: spec, model and rows."""
 
     spec: QLoRAJobSpec
-    shape: ModelShape
+    shape: ModelShape | TracedShape
     rows: SequenceLengths
     device: DeviceName = NVIDIA.device
     fp32: bool = False
@@ -140,7 +141,12 @@ class TrainingWorkload:
     @property
     def attention(self) -> Kernel:
         """Return the attention kernel that the trainer uses without FlashAttention."""
-        return "eager" if self.shape.attention.softcapped else "sdpa"
+        return "eager" if isinstance(self.shape, ModelShape) and self.shape.attention.softcapped else "sdpa"
+
+    @property
+    def knows_activations(self) -> bool:
+        """Return whether activations are estimated; if not, a lower bound takes their place."""
+        return isinstance(self.shape, ModelShape)
 
     @cached_property
     def trainable(self) -> Trainable:
@@ -155,11 +161,14 @@ class TrainingWorkload:
     @cached_property
     def ranks(self) -> dict[str, int]:
         """Return the adapter ranks of a layer, by module path."""
-        return {} if self.full_finetune else ranks_of_layer(self.shape, self.spec.lora)
+        if self.full_finetune or not isinstance(self.shape, ModelShape):
+            return {}
+        return ranks_of_layer(self.shape, self.spec.lora)
 
     def largest_batch(self, micro_batch: int) -> BatchShape:
         """Return the largest forward pass that the rows can fill."""
-        packing, longest = self.spec.training.packing and self.shape.supports_packing, self.rows.longest
+        supported = not isinstance(self.shape, ModelShape) or self.shape.supports_packing
+        packing, longest = self.spec.training.packing and supported, self.rows.longest
         rows_that_fit = max(PACK_TOKENS, longest) // longest if packing else micro_batch
         rows = min(micro_batch, rows_that_fit)
         # Whichever tokens are labels, some row may consist almost entirely of them.
@@ -174,8 +183,13 @@ class TrainingWorkload:
         """Return the activations of a forward and a backward pass."""
         key = (micro_batch, checkpointing)
         if key not in self._activation_cache:
-            self._activation_cache[key] = estimate_activations(as_dense(self.shape), self._forward_config(*key))
+            self._activation_cache[key] = self._estimate_activations(self._forward_config(*key))
         return self._activation_cache[key]
+
+    def _estimate_activations(self, config: ForwardConfig) -> Activations:
+        if isinstance(self.shape, ModelShape):
+            return estimate_activations(as_dense(self.shape), config)
+        return least_activations(self.shape, config)
 
     def _forward_config(self, micro_batch: int, checkpointing: bool) -> ForwardConfig:
         lora = self.spec.lora

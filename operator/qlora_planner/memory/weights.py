@@ -7,7 +7,7 @@ from typing import Final
 from qlora_api.optimizers import OPTIMIZERS, OptimizerName
 from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_planner.memory.adapter import Trainable
-from qlora_planner.models.shapes import Linear, ModelShape
+from qlora_planner.models.shapes import Linear, ModelWeights
 
 FP32: Final = 4
 """Bytes per element."""
@@ -39,15 +39,15 @@ class BaseBytes:
         return self.weights + self.constants
 
 
-def base_bytes(shape: ModelShape, quantization: QuantizationSpec, width: int) -> BaseBytes:
+def base_bytes(shape: ModelWeights, quantization: QuantizationSpec, width: int) -> BaseBytes:
     """Return the bytes of a base whose unquantized weights take `width` bytes each."""
-    bits = quantization.bits
+    bits, wider = quantization.bits, shape.kept_in_fp32 * (FP32 - width)
     if bits == 16:
-        return BaseBytes(shape.parameters * width, 0)
+        return BaseBytes(shape.parameters * width + wider, 0)
     matrices = [(block.count, linear) for block in shape.blocks for linear in block.linears if linear.quantizable]
     stored = sum(count * ceil(linear.weights * bits / 8) for count, linear in matrices)
     constants = sum(count * constant_bytes(linear, quantization) for count, linear in matrices)
-    return BaseBytes(stored + (shape.parameters - shape.quantizable) * width, constants)
+    return BaseBytes(stored + (shape.parameters - shape.quantizable) * width + wider, constants)
 
 
 def constant_bytes(linear: Linear, quantization: QuantizationSpec) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qlora_api.model_config import MAX_CONFIG, MAX_PARAMETERS
+from qlora_api.model_config import MAX_CONFIG, MAX_PARAMETERS, TRACED
 from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_planner.models.shapes import (
     SET_GPUS_EXPLICITLY,
@@ -20,7 +20,9 @@ from qlora_planner.models.shapes import (
     Module,
     StackedExperts,
     UnknownModelError,
+    numbered_layers,
 )
+from qlora_planner.models.traced import TracedShape, read_traced
 
 # Strict: 1.0, true and "1" are no numbers of layers.
 Size = Annotated[int, Field(gt=0, le=1 << 24, strict=True)]
@@ -93,11 +95,9 @@ class _Decoder(_Config):
         return ModelShape(
             family=self.family,
             hidden=hidden,
-            vocabulary=self.vocab_size,
             tied=self.tie_word_embeddings,
             decoder=Block(
-                f"{self.root}.layers",
-                self.num_hidden_layers,
+                numbered_layers(f"{self.root}.layers", self.num_hidden_layers),
                 (*self.projections(), *self.mlp_linears()),
                 self.others(),
                 self.stacked(),
@@ -351,7 +351,8 @@ class _Siglip(_Config):
         attention = (Linear(f"self_attn.{name}", hidden, hidden, True) for name in _SIGLIP_PROJECTIONS)
         mlp = (Linear("mlp.fc1", hidden, width, True), Linear("mlp.fc2", width, hidden, True))
         norms = (Module("layer_norm1", 2 * hidden), Module("layer_norm2", 2 * hidden))
-        return Block("model.vision_tower.encoder.layers", self.num_hidden_layers, (*attention, *mlp), norms)
+        layers = numbered_layers("model.vision_tower.encoder.layers", self.num_hidden_layers)
+        return Block(layers, (*attention, *mlp), norms)
 
     def outside(self) -> tuple[Module, ...]:
         hidden, patches = self.hidden_size, (self.image_size // self.patch_size) ** 2
@@ -413,9 +414,12 @@ class _Phi(_Config):
         return ModelShape(
             family="phi",
             hidden=hidden,
-            vocabulary=self.vocab_size,
             tied=self.tie_word_embeddings,
-            decoder=Block("model.layers", self.num_hidden_layers, self._linears(size, kv_heads), self._norms(hidden)),
+            decoder=Block(
+                numbered_layers("model.layers", self.num_hidden_layers),
+                self._linears(size, kv_heads),
+                self._norms(hidden),
+            ),
             attention=Attention(
                 self.num_attention_heads, kv_heads, size, rotary=int(size * rotary_fraction), qk_norm=self.qk_layernorm
             ),
@@ -505,11 +509,9 @@ class _GptNeoX(_Config):
         return ModelShape(
             family="gpt_neox",
             hidden=hidden,
-            vocabulary=self.vocab_size,
             tied=self.tie_word_embeddings,
             decoder=Block(
-                "gpt_neox.layers",
-                self.num_hidden_layers,
+                numbered_layers("gpt_neox.layers", self.num_hidden_layers),
                 self._linears(),
                 (Module("input_layernorm", 2 * hidden), Module("post_attention_layernorm", 2 * hidden)),
             ),
@@ -557,9 +559,8 @@ class _Falcon(_Config):
         return ModelShape(
             family="falcon",
             hidden=hidden,
-            vocabulary=self.vocab_size,
             tied=self.tie_word_embeddings,
-            decoder=Block("transformer.h", self.num_hidden_layers, self._linears(size), self._norms()),
+            decoder=Block(numbered_layers("transformer.h", self.num_hidden_layers), self._linears(size), self._norms()),
             attention=Attention(self.num_attention_heads, self._kv_heads(), size, rotary=0 if self.alibi else size),
             mlp=Mlp(self.ffn_hidden_size or 4 * hidden, gated=False, activation=self.activation),
             norm="layer",
@@ -654,11 +655,12 @@ def read_shape(config: Mapping[str, Any]) -> ModelShape:
     return shape
 
 
-def read_recorded_shape(config: str) -> ModelShape:
-    """Return the shape from the config.json that prepare recorded, which is empty if it was too long."""
+def read_recorded_shape(config: str) -> ModelShape | TracedShape:
+    """Return the shape from what prepare recorded: part of the config.json, or the sizes of the modules; or nothing."""
     try:
         if not config:
             raise UnknownModelError(f"the model's config.json was not recorded; {SET_GPUS_EXPLICITLY}")
-        return read_shape(parse_object(config, MAX_CONFIG))
+        content = parse_object(config, MAX_CONFIG)
+        return read_traced(content) if TRACED in content else read_shape(content)
     except InvalidJsonError as error:
         raise UnknownModelError(f"config.json: {error}; {SET_GPUS_EXPLICITLY}") from error

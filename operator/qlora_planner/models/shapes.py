@@ -1,4 +1,4 @@
-"""The shape of a model: its modules and their sizes; families.py reads it from a config.json.
+"""The shape of a model: its modules and their sizes; families.py reads it from a config.json, traced.py from prepare.
 
 Parameter counts are exact: they equal those of the class that transformers builds.
 """
@@ -6,6 +6,8 @@ Parameter counts are exact: they equal those of the class that transformers buil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal
+
+from qlora_api.module_table import join_path
 
 SET_GPUS_EXPLICITLY: Final = (
     "set spec.resources.gpusPerNode and spec.training.microBatchSize yourself; the run is then not sized in advance"
@@ -32,6 +34,8 @@ class Linear:
     bias: bool = False
     quantizable: bool = True
     """Whether its class is torch.nn.Linear: bitsandbytes does not replace subclasses, such as Falcon's."""
+    shared: bool = False
+    """Whether its matrix is that of a module which is counted already."""
 
     @property
     def weights(self) -> int:
@@ -40,8 +44,8 @@ class Linear:
 
     @property
     def parameters(self) -> int:
-        """Return the elements of matrix and bias."""
-        return self.weights + (self.outputs if self.bias else 0)
+        """Return the elements of matrix and bias; a shared matrix has none of its own."""
+        return (0 if self.shared else self.weights) + (self.outputs if self.bias else 0)
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,19 @@ class StackedExperts:
 
 @dataclass(frozen=True)
 class Block:
-    """A stack of identical layers."""
+    """Modules that several layers have alike."""
 
-    path: str
-    """Path of the stack; its layers are path.0, path.1 and so on."""
-    count: int
+    layers: tuple[str, ...]
+    """Paths of the layers, such as model.layers.0; the empty path is the model itself."""
     linears: tuple[Linear, ...]
     others: tuple[Module, ...]
     stacked: tuple[StackedExperts, ...] = ()
     """Those of `others` that all-linear includes."""
+
+    @property
+    def count(self) -> int:
+        """Return the number of layers."""
+        return len(self.layers)
 
     @property
     def parameters(self) -> int:
@@ -84,13 +92,18 @@ class Block:
 
     def named_linears(self) -> Iterator[tuple[str, Linear]]:
         """Yield every linear layer with its full path."""
-        for number in range(self.count):
-            yield from ((f"{self.path}.{number}.{linear.path}", linear) for linear in self.linears)
+        for layer in self.layers:
+            yield from ((join_path(layer, linear.path), linear) for linear in self.linears)
 
     def named_others(self) -> Iterator[tuple[str, int]]:
         """Yield the full path and parameters of every other module."""
-        for number in range(self.count):
-            yield from ((f"{self.path}.{number}.{module.path}", module.parameters) for module in self.others)
+        for layer in self.layers:
+            yield from ((join_path(layer, module.path), module.parameters) for module in self.others)
+
+
+def numbered_layers(path: str, count: int) -> tuple[str, ...]:
+    """Return the paths of a stack of layers: path.0, path.1 and so on."""
+    return tuple(f"{path}.{number}" for number in range(count))
 
 
 @dataclass(frozen=True)
@@ -125,43 +138,38 @@ class Mlp:
     """Experts that a token is routed to."""
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """A decoder-only language model, with the vision tower of multimodal ones."""
+@dataclass(frozen=True, kw_only=True)
+class ModelWeights:
+    """Modules of a decoder-only language model, also of its vision tower: all that the bytes of weights depend on."""
 
     family: str
     """model_type of the language model."""
-    hidden: int
-    vocabulary: int
     tied: bool
     """Embedding and output layer share one weight."""
-    decoder: Block
-    attention: Attention
-    mlp: Mlp
-    norm: Literal["rms", "layer"]
     embedding: Module
     head: Linear
     """The output layer; never quantized, and not included in all-linear."""
     outside: tuple[Module, ...]
     """Modules outside of layers: the final norm, and the projector of a vision tower."""
-    parallel: bool = False
-    """Attention and MLP run in parallel on the same input (GPT-NeoX, Phi-2, Falcon)."""
-    plain_head: bool = True
-    """Logits are the plain output of the head; Gemma 2 caps them, so they cannot be computed in chunks."""
-    supports_packing: bool = True
-    """Rows can be packed; if their attention would mix, the trainer pads them instead."""
-    vision_tower: Block | None = None
-    """Layers that text does not pass through: they are loaded and quantized like the others, but get no adapter."""
+    kept_in_fp32: int = 0
+    """Parameters that transformers loads in fp32, whatever the others are in."""
+    not_in_all_linear: frozenset[str] = frozenset()
+    """Names of linear layers that peft leaves out of all-linear, since they are also those of stacked experts."""
 
     @property
-    def layers(self) -> int:
-        """Return the number of decoder layers."""
-        return self.decoder.count
+    def vocabulary(self) -> int:
+        """Return the logits of a position."""
+        return self.head.outputs
+
+    @property
+    def adaptable_blocks(self) -> tuple[Block, ...]:
+        """Return the blocks whose linear layers can have an adapter."""
+        raise NotImplementedError
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """Return every stack of layers."""
-        return (self.decoder, *((self.vision_tower,) if self.vision_tower else ()))
+        """Return all blocks."""
+        raise NotImplementedError
 
     @property
     def parameters(self) -> int:
@@ -180,7 +188,8 @@ class ModelShape:
 
     def named_linears(self) -> Iterator[tuple[str, Linear]]:
         """Yield the linear layers that can have an adapter, with their full paths."""
-        yield from self.decoder.named_linears()
+        for block in self.adaptable_blocks:
+            yield from block.named_linears()
 
     def named_modules(self) -> Iterator[tuple[str, int]]:
         """Yield every module with parameters, with its full path and their number; a tied weight twice."""
@@ -189,3 +198,37 @@ class ModelShape:
         for block in self.blocks:
             yield from ((name, linear.parameters) for name, linear in block.named_linears())
             yield from block.named_others()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape(ModelWeights):
+    """A model whose layers are known operation by operation."""
+
+    hidden: int
+    decoder: Block
+    attention: Attention
+    mlp: Mlp
+    norm: Literal["rms", "layer"]
+    parallel: bool = False
+    """Attention and MLP run in parallel on the same input (GPT-NeoX, Phi-2, Falcon)."""
+    plain_head: bool = True
+    """Logits are the plain output of the head; Gemma 2 caps them, so they cannot be computed in chunks."""
+    supports_packing: bool = True
+    """Rows can be packed; if their attention would mix, the trainer pads them instead."""
+    vision_tower: Block | None = None
+    """Layers that text does not pass through: they are loaded and quantized like the others, but get no adapter."""
+
+    @property
+    def layers(self) -> int:
+        """Return the number of decoder layers."""
+        return self.decoder.count
+
+    @property
+    def adaptable_blocks(self) -> tuple[Block, ...]:
+        """Return the decoder."""
+        return (self.decoder,)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Return every stack of layers."""
+        return (self.decoder, *((self.vision_tower,) if self.vision_tower else ()))

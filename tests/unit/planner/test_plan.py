@@ -164,6 +164,91 @@ def test_plan_says_why_memory_is_not_estimated(config: str, cause: str) -> None:
     assert all(";" not in reason for reason in plan.reasons if "not estimated" in reason)
 
 
+TABLE = (
+    ":model.embed_tokens=400000000,model.norm=4096,lm_head=100000x4096;"
+    "model.layers.0-{last}:self_attn.q_proj|self_attn.o_proj=4096x4096qa,self_attn.v_proj=1024x4096qa,"
+    "mlp.up_proj=16384x4096qa,mlp.down_proj=4096x16384qa,input_layernorm=4096"
+)
+A100 = GpuPool("NVIDIA-A100-SXM4-80GB", 81_920 << 20, 8, 4, (8, 0))
+H200 = GpuPool("NVIDIA-H200", 143_771 << 20, 8, 4, (9, 0))
+
+
+def traced_model(layers: int, **traced: object) -> Prepared:
+    """Prepare a model of an architecture that no code describes, of 0.17e9 weights a layer."""
+    sizes = {"version": 1, "embedding": "model.embed_tokens", "head": "lm_head"}
+    config = json.dumps({"model_type": "new", "traced": sizes | {"modules": TABLE.format(last=layers - 1)} | traced})
+    prepared = prepared_for()
+    return prepared.model_copy(update={"model": prepared.model.model_copy(update={"config": config})})
+
+
+def test_plan_of_a_traced_model_follows_default_recipe_on_gpus_that_hold_its_weights() -> None:
+    plan = make_plan(make_spec(**GPU), traced_model(layers=300), (A10, A100, H200))
+    recipe = make_plan(make_spec(**GPU), make_prepared(), (A10, A100, H200))
+    assert (plan.gpu_product, plan.gpu_products) == (A100.product, (A100.product, H200.product))
+    assert (plan.peak_bytes, plan.gradient_checkpointing, plan.micro_batch_size) == (None, None, 4)
+    changed = {"gpu_product": None, "gpu_products": None, "reasons": recipe.reasons}
+    assert plan.model_copy(update=changed) == recipe
+    assert plan.reasons[4:] == (
+        "peak memory is not estimated: all but the activations takes 28.2 GiB of 78.4 GiB per GPU, and those of a "
+        "model of type 'new' are not known",
+        "GPUs that fit: NVIDIA-A100-SXM4-80GB, NVIDIA-H200; sized for NVIDIA-A100-SXM4-80GB, the smallest of them",
+        "GPUs left out: NVIDIA-A10 (7.9 GiB too small)",
+    )
+
+
+def test_traced_model_shards_what_no_gpu_holds_alone() -> None:
+    spec = make_spec(resources={"gpusPerNode": 8}, method="full", quantization={"bits": 16})
+    plan = make_plan(spec, traced_model(layers=32), (A100,))
+    assert (plan.strategy, plan.peak_bytes) == ("zero2", None)
+    assert plan.reasons[1].startswith("strategy zero2: ")
+
+
+@pytest.mark.parametrize(
+    ("layers", "blocks", "sentence"),
+    [
+        pytest.param(
+            900,
+            {},
+            r"^needs .* GiB per GPU besides the activations of its layers, .* GiB more than .* on a NVIDIA-A100",
+            id="weights",
+        ),
+        pytest.param(
+            60,
+            {"method": "full", "quantization": {"bits": 16}},
+            r"^needs .* per GPU besides the activations of its layers, which are not estimated, .* GiB more than",
+            id="full-fine-tuning",
+        ),
+    ],
+)
+def test_traced_model_whose_weights_alone_do_not_fit_is_refused(
+    layers: int, blocks: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(DoesNotFitError, match=sentence) as caught:
+        make_plan(make_spec(**GPU | blocks), traced_model(layers), (A100,))
+    assert "these parts fit " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("traced", "blocks", "cause"),
+    [
+        pytest.param({"version": 7}, {}, "the recorded sizes of a model of type 'new' have version 7", id="version"),
+        pytest.param({"modules": "%"}, {}, "the recorded sizes of a model of type 'new' cannot be read", id="damaged"),
+        pytest.param(
+            {},
+            {"lora": {"modulesToSave": ["pooler"]}},
+            "spec.lora.modulesToSave: a model of type new has no module pooler of a known size",
+            id="module-without-a-name",
+        ),
+    ],
+)
+def test_plan_of_sizes_that_cannot_be_read_says_why(
+    traced: dict[str, object], blocks: dict[str, object], cause: str
+) -> None:
+    plan = make_plan(make_spec(**GPU | blocks), traced_model(2, **traced), (A10,))
+    assert (plan.gpu_products, plan.peak_bytes) == (None, None)
+    assert any(reason.startswith(f"peak memory is not estimated: {cause}") for reason in plan.reasons)
+
+
 def test_run_that_does_not_fit_raises() -> None:
     with pytest.raises(
         DoesNotFitError, match=r"needs .* GiB more than the 22\.0 GiB that a process has on a NVIDIA-A10"

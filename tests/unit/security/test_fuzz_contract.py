@@ -22,13 +22,15 @@ from qlora_cli.manifests.loader import ManifestError, parse_manifest
 from qlora_cli.manifests.yaml_documents import YamlError, parse_documents, parse_value
 from qlora_cli.podlogs.lines import parse_line
 from qlora_operator.lifecycle.exit_reasons import parse_termination_message
+from qlora_planner import make_plan
+from qlora_planner.gpu_inventory import GpuPool
 from qlora_planner.models.families import FAMILIES, read_recorded_shape
 from qlora_planner.models.shapes import MismatchError, UnknownModelError
 from qlora_planner.offline import make_offline_plan
 from qlora_planner.quantities import parse_quantity
 from qlora_planner.sizing import DoesNotFitError
 from qlora_planner.validation import CLUSTER_RULES
-from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest, make_spec
+from tests.make import PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest, make_prepared, make_spec
 from tests.unit.security.fuzzing import NUMBERS, SCALARS, changed, json_objects, json_text, json_values, mutations
 
 MODELS = [AdapterRecord, EvaluatedRow, MergedManifest, PinnedTasks, Prepared, ProgressReport, ResultManifest, RunReport]
@@ -74,6 +76,25 @@ def test_plan_of_any_config_is_made_or_refused(family, config):
 def test_recorded_config_is_read_or_unknown(text):
     with contextlib.suppress(UnknownModelError):
         assert read_recorded_shape(text).parameters > 0
+
+
+TRACED_SIZES = (
+    b'{"model_type":"new","traced":{"version":1,"embedding":"wte","head":"lm_head","fp32":3,"skipped":"up",'
+    b'"modules":":wte=50,lm_head=10x5;h.0-1:up|down=20x5qa,norm=5","experts":"h.0-1:e=9x9"}}'
+)
+
+
+@given(text=mutations(TRACED_SIZES))
+@example(text=TRACED_SIZES)
+@example(text=TRACED_SIZES.replace(b"h.0-1:", b"h.0-99999:"))
+@example(text=TRACED_SIZES.replace(b"20x5", b"99999999999999x99999999999999"))
+def test_plan_of_any_recorded_sizes_is_made_or_refused(text):
+    prepared, pool = make_prepared(), GpuPool("NVIDIA-A10", 23_028 << 20, 1, 1, (8, 6))
+    model = prepared.model.model_copy(update={"config": text.decode(errors="replace")})
+    spec = make_spec(resources={"gpusPerNode": 1}, lora={"targets": ["all-linear"], "dropout": 0})
+    with contextlib.suppress(DoesNotFitError, MismatchError):
+        plan = make_plan(spec, prepared.model_copy(update={"model": model}), (pool,))
+        assert any("peak memory is not estimated" in reason for reason in plan.reasons)
 
 
 @given(content=mutations(b'{"model_type": "llama", "num_hidden_layers": 2}') | json_values().map(json_text))

@@ -16,6 +16,7 @@ from qlora_trainer.storage import store
 from qlora_trainer.storage.credentials import load_secrets
 from tests.hub import COMMIT, FakeHub, Repository
 from tests.unit.trainer.data.test_chat_template import BARE
+from tests.unit.trainer.families import write_family
 from tests.unit.trainer.tiny import instruction_rows, make_spec, make_tokenizer, prepare_config, write_model, write_rows
 
 HUB_MODEL = "hf://org/tiny"
@@ -53,6 +54,18 @@ def test_prepare_writes_facts_and_shards(uris, tmp_path):
     assert Prepared.model_validate_json((folder / shards.FACTS).read_text()) == prepared
     assert not list(folder.parent.glob(".probe*"))
     assert any("is writable" in note for note in notes)
+
+
+def test_prepare_records_module_sizes_of_a_family_without_a_described_shape(uris, tmp_path, monkeypatch):
+    write_family("olmo2", tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("qlora_trainer.rehearsal.PROVEN_TYPES", frozenset({"olmo2"}))  # a rehearsal takes long
+    spec = make_spec(f"file://{tmp_path / 'model'}", *uris[1:])
+    model = prepare(prepare_config(spec), work=tmp_path / "work").model
+    traced = json.loads(model.config)["traced"]
+    assert traced["modules"].startswith(":model.embed_tokens=")
+    assert "model.layers.0-1:self_attn.q_proj|self_attn.o_proj=64x64qa," in traced["modules"]
+    assert sorted(json.loads(model.config)) == ["model_type", "traced"]
 
 
 @pytest.mark.parametrize(

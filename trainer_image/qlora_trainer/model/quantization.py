@@ -40,16 +40,21 @@ class QuantizableWeights:
 
 def count_quantizable(model: Any) -> QuantizableWeights:
     """Count by the rules of transformers' bitsandbytes quantizers; the model may be on the meta device."""
-    skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     ends = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
     return QuantizableWeights(
-        weights=sum(
-            module.weight.numel()
-            for name, module in model.named_modules()
-            if _is_replaced(module) and should_convert_module(name, skipped)
-        ),
+        weights=sum(module.weight.numel() for module in quantizable_modules(model).values()),
         body=sum(weight.numel() for weight in model.parameters() if id(weight) not in ends),
     )
+
+
+def quantizable_modules(model: Any) -> dict[str, Any]:
+    """Return the modules that transformers replaces with those of bitsandbytes, by name."""
+    skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if _is_replaced(module) and should_convert_module(name, skipped)
+    }
 
 
 def _is_replaced(module: torch.nn.Module) -> bool:

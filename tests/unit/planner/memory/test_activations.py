@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from qlora_planner.memory.activations import estimate_activations
 from qlora_planner.memory.forward_config import FP32, HALF, BatchShape, ForwardConfig
 from qlora_planner.models.families import read_shape
+from qlora_planner.models.shapes import numbered_layers
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LLAMA = read_shape(json.loads((CONFIGS / "llama-3.2-3b.json").read_text()))
@@ -26,7 +27,7 @@ def make_batch_shape(rows: int, longest: int, *, packing: bool = False) -> Batch
 
 
 def peak(setting: ForwardConfig, layers: int = 28) -> int:
-    shape = replace(LLAMA, decoder=replace(LLAMA.decoder, count=layers))
+    shape = replace(LLAMA, decoder=replace(LLAMA.decoder, layers=numbered_layers("model.layers", layers)))
     return estimate_activations(shape, setting).peak
 
 
