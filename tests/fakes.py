@@ -23,7 +23,7 @@ from qlora_operator.cluster.interface import (
 from qlora_operator.cluster.parse import controller_uid, parse_event_message, parse_job, parse_observation
 from qlora_operator.cluster.stripped import build_restoration
 from qlora_operator.cluster.tolerant import parse_or_skip
-from qlora_operator.models import ChildJob, Manifest, Observation, RawJob, Workload
+from qlora_operator.models import ChildJob, Classes, Manifest, Observation, RawJob, Workload
 from tests.make import NOW, UID
 
 Write = tuple[str, str]
@@ -54,6 +54,9 @@ class FakeCluster:
         self.writes: list[Write] = []
         self.created: list[str] = []
         self.nodes: list[Manifest] = []
+        self.classes = Classes()
+        self.namespace: dict[str, str] | None = {}
+        """Labels of the namespace; None: the operator may not read it."""
         self.node_lists = 0
         self.child_lists = 0
         self.event_lists = 0
@@ -240,6 +243,12 @@ class FakeCluster:
         self.node_lists += 1
         labelled = (node for node in self.nodes if accelerator.memory_label in node["metadata"].get("labels", {}))
         return tuple(copy.deepcopy(node) for node in labelled)
+
+    async def list_classes(self, since: datetime) -> Classes:  # noqa: ARG002
+        return self.classes
+
+    async def namespace_labels(self, namespace: str, since: datetime) -> Mapping[str, str] | None:  # noqa: ARG002
+        return self.namespace
 
     async def ensure(self, child: Manifest) -> bool:
         key = (child["kind"], child["metadata"]["name"])

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from typing import Any, Final
 
 from qlora_api import names
+from qlora_api.qlora_class import QLoRAClassSpec
 from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus
+from qlora_api.v1alpha1.patterns import VALIDATIONS
 
 Schema = dict[str, Any]
 
@@ -37,6 +39,14 @@ PRINTER_COLUMNS: Final = (
     ("Message", "string", ".status.summary", 1),
 )
 """Printer columns: name, type, JSON path, priority (1: with -o wide only)."""
+CLASS_PRINTER_COLUMNS: Final = (
+    ("Default", "string", r".metadata.annotations.qlora\.dev/is-default-class", 0),
+    ("Queue", "string", ".spec.queue.name", 0),
+    ("RuntimeClass", "string", ".spec.pods.train.runtimeClassName", 0),
+    ("Age", "date", ".metadata.creationTimestamp", 0),
+    ("Namespaces", "string", ".spec.namespaces.names", 1),
+)
+"""The same of a QLoRAClass."""
 
 
 def _resolve(schema: Schema, definitions: Schema) -> Schema:
@@ -73,6 +83,13 @@ def _default(schema: Schema) -> Schema:
     return {} if default is None else {"default": default}
 
 
+def _values_of(schema: Schema) -> Schema | bool:
+    """Return the schema of the values of a mapping, of which the keys have a pattern; True if they can be anything."""
+    patterns = schema.get("patternProperties", {}).values()
+    found: Schema | bool = next((values for values in patterns if values), schema.get("additionalProperties", False))
+    return found
+
+
 def to_structural(schema: Schema, definitions: Schema) -> Schema:
     """Return a JSON schema as a structural schema.
 
@@ -85,8 +102,11 @@ def to_structural(schema: Schema, definitions: Schema) -> Schema:
     result = {key: schema[key] for key in _STRUCTURAL_KEYS if key in schema} | _bounds(schema) | _default(schema)
     if "items" in schema:
         result["items"] = to_structural(schema["items"], definitions)
-    if isinstance(schema.get("additionalProperties"), dict):
-        result["additionalProperties"] = to_structural(schema["additionalProperties"], definitions)
+    values = _values_of(schema)
+    if isinstance(values, dict):
+        result["additionalProperties"] = to_structural(values, definitions)
+    elif values:
+        result["x-kubernetes-preserve-unknown-fields"] = True
     if "properties" in schema:
         result["properties"] = {name: to_structural(field, definitions) for name, field in schema["properties"].items()}
         if schema.get("required"):
@@ -101,12 +121,24 @@ def _with_list_keys(status: Schema) -> Schema:
 
 
 def _without_defaults(schema: Schema) -> Schema:
-    """Drop defaults: the operator always writes the complete status."""
+    """Drop defaults: the operator always writes the complete status, and a class has only what somebody wrote.
+
+    CEL rules of a block read its words, such as the operator of a toleration, so that these keep theirs.
+    """
     bare = {key: value for key, value in schema.items() if key != "default"}
+    kept = {
+        name: {"default": field["default"]}
+        for name, field in schema.get("properties", {}).items()
+        if VALIDATIONS in schema and "enum" in field and "default" in field
+    }
     if "items" in bare:
         bare["items"] = _without_defaults(bare["items"])
+    if isinstance(bare.get("additionalProperties"), dict):
+        bare["additionalProperties"] = _without_defaults(bare["additionalProperties"])
     if "properties" in bare:
-        bare["properties"] = {name: _without_defaults(field) for name, field in bare["properties"].items()}
+        bare["properties"] = {
+            name: _without_defaults(field) | kept.get(name, {}) for name, field in bare["properties"].items()
+        }
     return bare
 
 
@@ -161,32 +193,68 @@ def _printer_columns(columns: Iterable[tuple[str, str, str, int]]) -> list[Schem
     ]
 
 
+def class_spec_schema() -> Schema:
+    """Return the structural schema of the spec of a QLoRAClass."""
+    schema = QLoRAClassSpec.model_json_schema(by_alias=True)
+    return _without_defaults(to_structural(schema, schema["$defs"]))
+
+
+def class_root_schema() -> Schema:
+    """Return the structural schema of the QLoRAClass object."""
+    return {
+        "type": "object",
+        "description": "What an installation keeps for the runs of a team: settings of their pods, a queue, a ttl.",
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string", "description": f"Always {names.API_VERSION}."},
+            "kind": {"type": "string", "description": f"Always {names.CLASS_KIND}."},
+            "metadata": {"type": "object"},
+            "spec": class_spec_schema(),
+        },
+        "x-kubernetes-validations": [
+            {
+                "rule": "size(self.metadata.name) <= 63",
+                "message": "metadata.name may have 63 characters: it becomes the value of a label",
+            },
+        ],
+    }
+
+
 def build_crd() -> Schema:
-    """Return the CustomResourceDefinition."""
+    """Return the CustomResourceDefinition of QLoRAJobs."""
+    version = {
+        "subresources": {"status": {}},
+        "additionalPrinterColumns": _printer_columns(PRINTER_COLUMNS),
+        "schema": {"openAPIV3Schema": root_schema()},
+    }
+    names_of_kind = _names(names.KIND, names.PLURAL, ["qlj", "qlora"]) | {"categories": ["all"]}
+    return _build("Namespaced", names_of_kind, version)
+
+
+def build_class_crd() -> Schema:
+    """Return the CustomResourceDefinition of QLoRAClasses."""
+    version = {
+        "additionalPrinterColumns": _printer_columns(CLASS_PRINTER_COLUMNS),
+        "schema": {"openAPIV3Schema": class_root_schema()},
+    }
+    return _build("Cluster", _names(names.CLASS_KIND, names.CLASS_PLURAL, ["qlc"]), version)
+
+
+def _names(kind: str, plural: str, short_names: list[str]) -> Schema:
+    return {
+        "kind": kind, "listKind": f"{kind}List", "plural": plural, "singular": kind.lower(), "shortNames": short_names,
+    }  # fmt: skip
+
+
+def _build(scope: str, names_of_kind: Schema, version: Schema) -> Schema:
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{names.PLURAL}.{names.GROUP}"},
+        "metadata": {"name": f"{names_of_kind['plural']}.{names.GROUP}"},
         "spec": {
             "group": names.GROUP,
-            "scope": "Namespaced",
-            "names": {
-                "kind": names.KIND,
-                "listKind": f"{names.KIND}List",
-                "plural": names.PLURAL,
-                "singular": names.KIND.lower(),
-                "shortNames": ["qlj", "qlora"],
-                "categories": ["all"],
-            },
-            "versions": [
-                {
-                    "name": names.VERSION,
-                    "served": True,
-                    "storage": True,
-                    "subresources": {"status": {}},
-                    "additionalPrinterColumns": _printer_columns(PRINTER_COLUMNS),
-                    "schema": {"openAPIV3Schema": root_schema()},
-                }
-            ],
+            "scope": scope,
+            "names": names_of_kind,
+            "versions": [{"name": names.VERSION, "served": True, "storage": True, **version}],
         },
     }

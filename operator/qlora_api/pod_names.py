@@ -1,14 +1,16 @@
 """Names that an installation may set in the pods of runs, and those that are refused since the pods need them."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
-from pydantic import AfterValidator, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
 from qlora_api import names
+from qlora_api.v1alpha1.patterns import VALIDATIONS
 
 RESERVED_ENVIRONMENT: Final = (
     "^(HOME|HF_HOME|XDG_CACHE_HOME|MPLCONFIGDIR|TRITON_CACHE_DIR|TMPDIR|AWS_CONFIG_FILE|AWS_SHARED_CREDENTIALS_FILE|"
@@ -44,6 +46,12 @@ RESERVED_PATHS: Final = (
 _NAME: Final = r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"
 _OPTIONAL_NAME: Final = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)?$"
 _LABEL_KEY: Final = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+MAX_TEXT: Final = 32_768
+"""Characters of a text that Kubernetes does not bound, such as the value of a variable."""
+MAX_ENTRIES: Final = 64
+"""Entries of a list or mapping."""
+MAX_LABEL_KEY: Final = 317
+"""Characters of a label key: a prefix of 253, '/' and 63."""
 _LABEL_VALUE: Final = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
 
 
@@ -56,10 +64,12 @@ class _Text:
     refused: str = ""
     cause: str = ""
     """Why what matches `refused` is refused, and what to do."""
+    longest: int = 253
+    """Most characters, which the patterns of most texts imply."""
 
     def check(self, text: str) -> str:
         """Return the text; ValueError with cause and fix if it is refused."""
-        if not re.fullmatch(self.pattern, text):
+        if len(text) > self.longest or not re.fullmatch(self.pattern, text):
             raise ValueError(f"{text!r} does not match {self.pattern}; {self.fix}")
         if self.refused and re.search(self.refused, text):
             raise ValueError(f"{text!r} {self.cause}")
@@ -67,9 +77,16 @@ class _Text:
 
     def schema(self) -> dict[str, Any]:
         """Return the same as JSON Schema."""
-        return {"type": "string", "pattern": self.pattern} | (
+        return {"type": "string", "pattern": self.pattern, "maxLength": self.longest} | (
             {"not": {"pattern": self.refused}} if self.refused else {}
         )
+
+    def rules(self, variable: str = "self") -> list[dict[str, str]]:
+        """Return what is refused as CEL rules for a CRD, which has no `not`."""
+        if not self.refused:
+            return []
+        subject = "it" if variable == "self" else f"a {variable}"
+        return [{"rule": f"!{variable}.matches({json.dumps(self.refused)})", "message": f"{subject} {self.cause}"}]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Check it after pydantic has checked the type."""
@@ -77,7 +94,7 @@ class _Text:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """Add the patterns."""
-        return handler(schema) | self.schema()
+        return handler(schema) | self.schema() | ({VALIDATIONS: rules} if (rules := self.rules()) else {})
 
 
 @dataclass(frozen=True)
@@ -101,22 +118,26 @@ class _Map:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         """Add the patterns; not as propertyNames, for which Helm names a wrong value."""
-        values = self.value.schema() if self.value else {"type": "string"}
+        values = self.value.schema() if self.value else {"type": "string", "maxLength": MAX_TEXT}
         refused = {self.key.refused: False} if self.key.refused else {}
+        valid = {"rule": f"self.all(key, key.matches({json.dumps(self.key.pattern)}))", "message": self.key.fix}
+        rules = [rule | {"rule": f"self.all(key, {rule['rule']})"} for rule in self.key.rules("key")]
         return handler(schema) | {
             "patternProperties": {self.key.pattern: values} | refused,
             "additionalProperties": False,
+            VALIDATIONS: [valid, *rules],
         }
 
 
 _OURS: Final = "is set by the operator or the controller of Jobs; remove it"
 _KEY_FIX: Final = "write name or prefix/name"
-_VALUE: Final = _Text(_LABEL_VALUE, "write at most 63 letters, digits, '-', '_' or '.'")
+_VALUE: Final = _Text(_LABEL_VALUE, "write at most 63 letters, digits, '-', '_' or '.'", longest=63)
 Name = Annotated[str, _Text(_NAME, "write the name of a Kubernetes object")]
 OptionalName = Annotated[str, _Text(_OPTIONAL_NAME, "write the name of a Kubernetes object, or nothing")]
-Labels = Annotated[dict[str, str], _Map(_Text(_LABEL_KEY, _KEY_FIX, RESERVED_LABELS, _OURS), _VALUE)]
-Annotations = Annotated[dict[str, str], _Map(_Text(_LABEL_KEY, _KEY_FIX, RESERVED_ANNOTATIONS, _OURS))]
-NodeSelector = Annotated[dict[str, str], _Map(_Text(_LABEL_KEY, _KEY_FIX), _VALUE)]
+_Mapping = Annotated[dict[str, str], Field(max_length=MAX_ENTRIES)]
+Labels = Annotated[_Mapping, _Map(_Text(_LABEL_KEY, _KEY_FIX, RESERVED_LABELS, _OURS, MAX_LABEL_KEY), _VALUE)]
+Annotations = Annotated[_Mapping, _Map(_Text(_LABEL_KEY, _KEY_FIX, RESERVED_ANNOTATIONS, _OURS, MAX_LABEL_KEY))]
+NodeSelector = Annotated[_Mapping, _Map(_Text(_LABEL_KEY, _KEY_FIX, longest=MAX_LABEL_KEY), _VALUE)]
 VariableName = Annotated[
     str,
     _Text(
@@ -134,14 +155,21 @@ VolumeName = Annotated[
         "write lower-case letters, digits and '-'",
         RESERVED_VOLUMES,
         "is a volume of the operator; choose another name",
+        longest=63,
     ),
 ]
 MountPath = Annotated[
     str,
-    _Text("^/.*$", "write an absolute path", RESERVED_PATHS, "covers a folder that the pod needs; choose another path"),
+    _Text(
+        "^/.*$",
+        "write an absolute path",
+        RESERVED_PATHS,
+        "covers a folder that the pod needs; choose another path",
+        longest=1024,
+    ),
     AfterValidator(lambda path: path.rstrip("/")),
 ]
-LabelKey = Annotated[str, _Text(_LABEL_KEY, _KEY_FIX)]
+LabelKey = Annotated[str, _Text(_LABEL_KEY, _KEY_FIX, longest=MAX_LABEL_KEY)]
 LabelValue = Annotated[str, _VALUE]
 Object = Mapping[str, Any]
 """A part of core/v1 that the API server checks when the Job is created."""

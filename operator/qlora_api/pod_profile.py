@@ -11,6 +11,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from qlora_api.base import ApiModel
 from qlora_api.pod_names import (
+    MAX_ENTRIES,
+    MAX_TEXT,
     Annotations,
     LabelKey,
     Labels,
@@ -38,35 +40,37 @@ def _check_address(text: str) -> str:
         raise ValueError(f"{text!r} is no IP address; write one") from error
 
 
-IpAddress = Annotated[str, AfterValidator(_check_address)]
+IpAddress = Annotated[str, Field(max_length=45), AfterValidator(_check_address)]
+_Text = Annotated[str, Field(max_length=MAX_TEXT)]
+_Key = Annotated[str, Field(min_length=1, max_length=253)]
 
 
 class LocalObjectReference(ApiModel):
     """An object of the namespace of the run."""
 
-    name: Name
+    name: Name = Field(description="Name of the Secret.")
 
 
 class KeySelector(ApiModel):
     """A key of a ConfigMap or Secret of the namespace of the run."""
 
-    name: Name
-    key: str = Field(min_length=1)
-    optional: bool = False
+    name: Name = Field(description="Name of the ConfigMap or Secret.")
+    key: _Key = Field(description="One of its keys.")
+    optional: bool = Field(default=False, description="Whether the pod starts without it.")
 
 
 class FieldSelector(ApiModel):
     """A field of the pod."""
 
-    field_path: str = Field(min_length=1)
+    field_path: _Key = Field(description="Path of the field, such as spec.nodeName.")
 
 
 class EnvironmentSource(ApiModel):
     """Where the value of a variable is from: one of three."""
 
-    config_map_key_ref: KeySelector | None = None
-    secret_key_ref: KeySelector | None = None
-    field_ref: FieldSelector | None = None
+    config_map_key_ref: KeySelector | None = Field(default=None, description="A key of a ConfigMap.")
+    secret_key_ref: KeySelector | None = Field(default=None, description="A key of a Secret.")
+    field_ref: FieldSelector | None = Field(default=None, description="A field of the pod.")
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -78,9 +82,9 @@ class EnvironmentSource(ApiModel):
 class EnvironmentVariable(ApiModel):
     """A variable of the trainer's container."""
 
-    name: VariableName
-    value: str | None = None
-    value_from: EnvironmentSource | None = None
+    name: VariableName = Field(description="Name of the variable.")
+    value: _Text | None = Field(default=None, description="Its value.")
+    value_from: EnvironmentSource | None = Field(default=None, description="Where its value is from.")
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -92,8 +96,8 @@ class EnvironmentVariable(ApiModel):
 class PodToleration(Toleration):
     """A toleration as in a spec, where the API server checks the texts and how the fields go together."""
 
-    key: LabelKey | None = None
-    value: LabelValue | None = None
+    key: LabelKey | None = Field(default=None, description="Taint key; absent with operator Exists: all taints.")
+    value: LabelValue | None = Field(default=None, description="Taint value.")
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
@@ -109,40 +113,42 @@ class PodToleration(Toleration):
 class HostAlias(ApiModel):
     """A line of /etc/hosts."""
 
-    ip: IpAddress
-    hostnames: tuple[str, ...] = Field(min_length=1)
+    ip: IpAddress = Field(description="Address.")
+    hostnames: tuple[_Key, ...] = Field(min_length=1, max_length=MAX_ENTRIES, description="Names of the address.")
 
 
 class DnsOption(ApiModel):
     """An option of the resolver."""
 
-    name: str = Field(min_length=1)
-    value: str | None = None
+    name: _Key = Field(description="Name of the option, such as ndots.")
+    value: Annotated[str, Field(max_length=253)] | None = Field(default=None, description="Its value.")
 
 
 class DnsConfig(ApiModel):
     """Settings of the resolver, in addition to those of dnsPolicy."""
 
-    nameservers: tuple[IpAddress, ...] = Field(default=(), max_length=MAX_NAMESERVERS)
-    searches: tuple[str, ...] = Field(default=(), max_length=MAX_SEARCHES)
-    options: tuple[DnsOption, ...] = ()
+    nameservers: tuple[IpAddress, ...] = Field(
+        default=(), max_length=MAX_NAMESERVERS, description="Addresses of DNS servers."
+    )
+    searches: tuple[_Key, ...] = Field(default=(), max_length=MAX_SEARCHES, description="Search domains.")
+    options: tuple[DnsOption, ...] = Field(default=(), max_length=MAX_ENTRIES, description="Options of the resolver.")
 
 
 class Volume(ApiModel):
     """A volume of the pod; its source is as in core/v1, and the pod must be admitted with it."""
 
-    name: VolumeName
-    config_map: Object | None = None
-    secret: Object | None = None
-    projected: Object | None = None
-    downward_api: Annotated[Object | None, Field(alias="downwardAPI")] = None
-    persistent_volume_claim: Object | None = None
-    empty_dir: Object | None = None
-    ephemeral: Object | None = None
-    nfs: Object | None = None
-    csi: Object | None = None
-    image: Object | None = None
-    host_path: Object | None = None
+    name: VolumeName = Field(description="Name of the volume.")
+    config_map: Object | None = Field(default=None, description="A ConfigMap.")
+    secret: Object | None = Field(default=None, description="A Secret.")
+    projected: Object | None = Field(default=None, description="Several sources in one folder.")
+    downward_api: Object | None = Field(default=None, alias="downwardAPI", description="Fields of the pod.")
+    persistent_volume_claim: Object | None = Field(default=None, description="A PersistentVolumeClaim.")
+    empty_dir: Object | None = Field(default=None, description="An empty folder of the pod.")
+    ephemeral: Object | None = Field(default=None, description="A claim of the pod.")
+    nfs: Object | None = Field(default=None, description="An NFS export.")
+    csi: Object | None = Field(default=None, description="A volume of a CSI driver.")
+    image: Object | None = Field(default=None, description="An OCI image.")
+    host_path: Object | None = Field(default=None, description="A folder of the node.")
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -154,44 +160,68 @@ class Volume(ApiModel):
 class VolumeMount(ApiModel):
     """Where the trainer's container has a volume."""
 
-    name: str = Field(min_length=1)
-    mount_path: MountPath
-    sub_path: str | None = None
-    read_only: bool = True
+    name: _Key = Field(description="Name of the volume.")
+    mount_path: MountPath = Field(description="Where it is mounted.")
+    sub_path: Annotated[str, Field(max_length=1024)] | None = Field(
+        default=None, description="Path within the volume; absent: all of it."
+    )
+    read_only: bool = Field(default=True, description="Whether it cannot be written to.")
 
 
 class PodSecurityContext(ApiModel):
     """The pod's security context; a field that is left out is for the platform to choose."""
 
-    run_as_non_root: bool | None = None
-    run_as_user: int | None = Field(default=None, ge=1)
-    run_as_group: int | None = Field(default=None, ge=0)
-    fs_group: int | None = Field(default=None, ge=0)
-    fs_group_change_policy: Literal["Always", "OnRootMismatch"] | None = None
-    supplemental_groups: tuple[int, ...] | None = None
-    seccomp_profile: Object | None = None
-    se_linux_options: Object | None = None
-    app_armor_profile: Object | None = None
+    run_as_non_root: bool | None = Field(default=None, description="Whether the kubelet refuses to run it as root.")
+    run_as_user: int | None = Field(default=None, ge=1, description="User id.")
+    run_as_group: int | None = Field(default=None, ge=0, description="Group id.")
+    fs_group: int | None = Field(default=None, ge=0, description="Group that owns the volumes.")
+    fs_group_change_policy: Literal["Always", "OnRootMismatch"] | None = Field(
+        default=None, description="When the owner of the files of a volume is changed."
+    )
+    supplemental_groups: Annotated[tuple[int, ...], Field(max_length=MAX_ENTRIES)] | None = Field(
+        default=None, description="Further group ids, such as of a share."
+    )
+    seccomp_profile: Object | None = Field(default=None, description="The seccomp profile.")
+    se_linux_options: Object | None = Field(default=None, description="The SELinux context.")
+    app_armor_profile: Object | None = Field(default=None, description="The AppArmor profile.")
 
 
 class PodSettings(ApiModel):
     """Fields of the pods of runs."""
 
-    labels: Labels = Field(default_factory=dict)
-    annotations: Annotations = Field(default_factory=dict)
-    node_selector: NodeSelector = Field(default_factory=dict)
-    tolerations: tuple[PodToleration, ...] = ()
-    priority_class_name: OptionalName = ""
-    runtime_class_name: OptionalName = ""
-    scheduler_name: OptionalName = ""
-    image_pull_secrets: tuple[LocalObjectReference, ...] = ()
-    host_aliases: tuple[HostAlias, ...] = ()
-    dns_policy: Literal["", "ClusterFirst", "Default", "None"] = ""
-    dns_config: DnsConfig = DnsConfig()
-    env: tuple[EnvironmentVariable, ...] = ()
-    volumes: tuple[Volume, ...] = ()
-    volume_mounts: tuple[VolumeMount, ...] = ()
-    security_context: PodSecurityContext = PodSecurityContext()
+    labels: Labels = Field(default_factory=dict, description="Labels of the pods.")
+    annotations: Annotations = Field(default_factory=dict, description="Annotations of the pods.")
+    node_selector: NodeSelector = Field(
+        default_factory=dict, description="Labels of the nodes; those of spec.resources replace them in training pods."
+    )
+    tolerations: tuple[PodToleration, ...] = Field(
+        default=(), max_length=MAX_ENTRIES, description="Taints that the pods tolerate, besides those of the operator."
+    )
+    priority_class_name: OptionalName = Field(default="", description="The PriorityClass.")
+    runtime_class_name: OptionalName = Field(default="", description="The RuntimeClass, such as nvidia.")
+    scheduler_name: OptionalName = Field(default="", description="The scheduler, such as volcano.")
+    image_pull_secrets: tuple[LocalObjectReference, ...] = Field(
+        default=(), max_length=MAX_ENTRIES, description="Secrets of the run's namespace to pull the image with."
+    )
+    host_aliases: tuple[HostAlias, ...] = Field(
+        default=(), max_length=MAX_ENTRIES, description="Lines of /etc/hosts, for names that DNS lacks."
+    )
+    dns_policy: Literal["", "ClusterFirst", "Default", "None"] = Field(
+        default="", description="DNS of the cluster, of the node, or only that of dnsConfig."
+    )
+    dns_config: DnsConfig = Field(default=DnsConfig(), description="Settings of the resolver, besides dnsPolicy.")
+    env: tuple[EnvironmentVariable, ...] = Field(
+        default=(), max_length=MAX_ENTRIES, description="Variables of the trainer's container."
+    )
+    volumes: tuple[Volume, ...] = Field(
+        default=(), max_length=MAX_ENTRIES, description="Volumes of the pods, in the words of core/v1."
+    )
+    volume_mounts: tuple[VolumeMount, ...] = Field(
+        default=(), max_length=MAX_ENTRIES, description="Where the trainer's container has them."
+    )
+    security_context: PodSecurityContext = Field(
+        default=PodSecurityContext(), description="The pods' security context."
+    )
 
     @model_validator(mode="after")
     def _check_duplicates(self) -> Self:
@@ -217,18 +247,21 @@ class PodSettings(ApiModel):
 class Proxy(ApiModel):
     """The proxy of everything that leaves the cluster."""
 
-    http: Annotated[str, Field(pattern=_URL)] = ""
-    https: Annotated[str, Field(pattern=_URL)] = ""
-    no_proxy: tuple[str, ...] = ()
-    """In addition to what is in the cluster."""
+    http: Annotated[str, Field(pattern=_URL, max_length=1024)] = Field(default="", description="HTTP_PROXY.")
+    https: Annotated[str, Field(pattern=_URL, max_length=1024)] = Field(default="", description="HTTPS_PROXY.")
+    no_proxy: tuple[_Key, ...] = Field(
+        default=(), max_length=256, description="Hosts that need no proxy, in addition to those of the cluster."
+    )
 
 
 class CaBundle(ApiModel):
     """The certificates that all clients of the trainer trust, instead of those of the image."""
 
-    config_map: OptionalName = ""
-    secret: OptionalName = ""
-    key: Annotated[str, Field(pattern=r"^[-A-Za-z0-9_.]+$")] = "ca.crt"
+    config_map: OptionalName = Field(default="", description="A ConfigMap of the run's namespace.")
+    secret: OptionalName = Field(default="", description="Or a Secret.")
+    key: Annotated[str, Field(pattern=r"^[-A-Za-z0-9_.]+$", max_length=253)] = Field(
+        default="ca.crt", description="The key with the certificates."
+    )
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -240,10 +273,10 @@ class CaBundle(ApiModel):
 class PodProfile(PodSettings):
     """What an installation sets in all pods of runs, and in addition in those of preparation and of training."""
 
-    proxy: Proxy = Proxy()
-    ca_bundle: CaBundle = CaBundle()
-    prepare: PodSettings = PodSettings()
-    train: PodSettings = PodSettings()
+    proxy: Proxy = Field(default=Proxy(), description="The proxy of everything that leaves the cluster.")
+    ca_bundle: CaBundle = Field(default=CaBundle(), description="Certificates to trust instead of the image's.")
+    prepare: PodSettings = Field(default=PodSettings(), description="In addition, in pods of preparation.")
+    train: PodSettings = Field(default=PodSettings(), description="In addition, in training pods.")
 
     @model_validator(mode="after")
     def _check_mounts(self) -> Self:

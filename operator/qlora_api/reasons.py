@@ -27,6 +27,7 @@ class Reason(StrEnum):
     ALREADY_PUBLISHED = "AlreadyPublished"
     # for the user to fix
     INVALID_SPEC = "InvalidSpec"
+    CLASS_NOT_READY = "ClassNotReady"
     SECRET_NOT_FOUND = "SecretNotFound"  # noqa: S105 (a reason)
     MODEL_NOT_FOUND = "ModelNotFound"
     GATED_MODEL_NO_ACCESS = "GatedModelNoAccess"
@@ -318,6 +319,19 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
             "already exists",
         ),
     ),
+    Reason.CLASS_NOT_READY: ReasonRecord(
+        sentence="The QLoRAClass of the run does not exist, is invalid, or is not for its namespace.",
+        remedy="Create or correct the QLoRAClass that the message names; if the run has failed, create the QLoRAJob "
+        "again.",
+        moments=(Moment.MANIFEST,),
+        domain=Domain.AUTHOR,
+        background="`spec.className` names it, or it is the default class of the namespace. The message says what is "
+        "wrong with it. No pod exists meanwhile, and the run starts when the class can be used. A run that has used "
+        "it once continues with the settings that `status.class` has.",
+        topic=Topic.CLUSTER,
+        also_known_as=("QLoRAClass not found", "class not allowed in namespace", "default class"),
+        appears_late=True,
+    ),
     Reason.SECRET_NOT_FOUND: ReasonRecord(
         sentence="A Secret named in the manifest does not exist in its namespace, or has no keys.",
         remedy="Create the Secret in the namespace of the QLoRAJob; if the run has failed, create the QLoRAJob again.",
@@ -517,14 +531,14 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
     ),
     Reason.HOST_OUT_OF_MEMORY: ReasonRecord(
         sentence="The container exceeded its memory limit; the message says which pod's.",
-        remedy="For a training pod raise spec.resources.memory; for the prepare pod, whose limit is fixed, lower "
-        "spec.dataset.maxSamples or split the dataset.",
+        remedy="For a training pod raise spec.resources.memory; for the prepare pod lower "
+        "spec.dataset.maxSamples, split the dataset, or use a QLoRAClass with more resources.prepare.memory.",
         moments=_BOTH,
         domain=Domain.RUN,
         next_attempt=RetryAction.SHRINK_MICRO_BATCH,
         background="On a CPU another attempt with a smaller micro-batch may fix it. With a GPU there is none: the "
         "container's memory then holds the dataset, and the model while it is loaded. The prepare pod has "
-        "{prepare_memory} and is not retried.",
+        "{prepare_memory}, unless a QLoRAClass sets another limit, and is not retried.",
         topic=Topic.MEMORY,
         also_known_as=(
             "OOMKilled",

@@ -7,13 +7,14 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from qlora_api import crd
-from qlora_api.names import KIND
+from qlora_api.names import CLASS_KIND, KIND
 from qlora_api.strategies import DDP, SHARDING_OPTIMIZER
 from qlora_codegen.cli_reference import command_reference
 from qlora_codegen.distribution_matrix import render_distribution_matrix
@@ -51,14 +52,14 @@ def _to_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_PlainDumper, sort_keys=False, width=120, allow_unicode=True)
 
 
-def crd_file() -> str:
-    """Return the CRD for `kubectl apply -f crds/`."""
-    return f"# {_NOTE}\n{_to_yaml(crd.build_crd())}"
+def crd_file(build: Callable[[], dict[str, Any]]) -> str:
+    """Return a CRD for `kubectl apply -f crds/`."""
+    return f"# {_NOTE}\n{_to_yaml(build())}"
 
 
-def chart_crd_file() -> str:
-    """Return the CRD as a chart template, so that `helm upgrade` upgrades it and `helm uninstall` can keep it."""
-    before, after = _to_yaml(crd.build_crd()).split("metadata:\n", 1)
+def chart_crd_file(build: Callable[[], dict[str, Any]]) -> str:
+    """Return a CRD as a chart template, so that `helm upgrade` upgrades it and `helm uninstall` can keep it."""
+    before, after = _to_yaml(build()).split("metadata:\n", 1)
     metadata = (
         'metadata:\n  labels: {{- include "qlora-operator.labels" . | nindent 4 }}\n'
         "  {{- if .Values.crds.keep }}\n  annotations: {helm.sh/resource-policy: keep}\n  {{- end }}\n"
@@ -119,9 +120,9 @@ def chart_readme_file() -> str:
     return "\n".join(lines) + "\n"
 
 
-def editor_schema_file() -> str:
+def editor_schema_file(root_schema: Callable[[], dict[str, Any]]) -> str:
     """Return a JSON schema for editors; unlike the API server's, it rejects unknown fields."""
-    return json.dumps({"$comment": _NOTE, **_strict(crd.root_schema())}, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps({"$comment": _NOTE, **_strict(root_schema())}, indent=1, ensure_ascii=False) + "\n"
 
 
 def _strict(schema: dict[str, Any]) -> dict[str, Any]:
@@ -212,6 +213,28 @@ def field_reference_file() -> str:
     return "\n".join(lines) + "\n"
 
 
+def class_reference_file() -> str:
+    """Return the reference of all fields of a QLoRAClass."""
+    root = crd.class_root_schema()
+    lines = [
+        f"<!-- {_NOTE} -->",
+        f"# Fields of a {CLASS_KIND}",
+        "",
+        "`kubectl explain qloraclass.spec` shows the same in a terminal; see [classes](../pods.md#classes).",
+        "",
+        *_table(root["properties"]["spec"], "spec"),
+        "",
+        "## Validation rules",
+        "",
+        "The API server enforces these rules in addition to types, bounds and unknown fields:",
+        "",
+        "| where | message |",
+        "|---|---|",
+        *_rules_of(root, CLASS_KIND),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _with_note(page: str) -> str:
     return f"<!-- {_NOTE} -->\n{page}"
 
@@ -272,14 +295,18 @@ def alerts_file() -> str:
 
 
 FILES: Final[dict[str, Callable[[], str]]] = {
-    "crds/qlorajobs.qlora.dev.yaml": crd_file,
-    "crds/qlorajob.schema.json": editor_schema_file,
-    f"{CHART}/templates/crd.yaml": chart_crd_file,
+    "crds/qlorajobs.qlora.dev.yaml": partial(crd_file, crd.build_crd),
+    "crds/qloraclasses.qlora.dev.yaml": partial(crd_file, crd.build_class_crd),
+    "crds/qlorajob.schema.json": partial(editor_schema_file, crd.root_schema),
+    "crds/qloraclass.schema.json": partial(editor_schema_file, crd.class_root_schema),
+    f"{CHART}/templates/crd.yaml": partial(chart_crd_file, crd.build_crd),
+    f"{CHART}/templates/crd-qloraclass.yaml": partial(chart_crd_file, crd.build_class_crd),
     f"{CHART}/templates/_rules.tpl": chart_rules_file,
     f"{CHART}/values.schema.json": chart_values_schema_file,
     f"{CHART}/README.md": chart_readme_file,
     "docs/reference/cli.md": lambda: _with_note(command_reference()),
     "docs/reference/fields.md": field_reference_file,
+    "docs/reference/class.md": class_reference_file,
     "docs/reference/reasons.md": lambda: _with_note(render_reasons()),
     "docs/reference/distribution.md": distribution_matrix_file,
     "docs/reference/metrics.md": metric_reference_file,

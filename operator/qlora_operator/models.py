@@ -13,7 +13,16 @@ from qlora_api.reasons import Domain, Reason
 from qlora_api.report import TerminationMessage
 from qlora_api.result import Result
 from qlora_api.runconfig import Published
-from qlora_api.v1alpha1 import Attempt, Checkpoint, Plan, Preparation, QLoRAJobSpec, QLoRAJobStatus, RetryLimits
+from qlora_api.v1alpha1 import (
+    Attempt,
+    Checkpoint,
+    ClassStatus,
+    Plan,
+    Preparation,
+    QLoRAJobSpec,
+    QLoRAJobStatus,
+    RetryLimits,
+)
 
 PREPARE_MEMORY: Final = "4Gi"
 """Memory limit of a prepare pod: it tokenizes in one process and holds one dataset in memory."""
@@ -44,6 +53,26 @@ class RawJob:
     status: Mapping[str, Any]
     retry_request: str | None = None
     """Value of the annotation qlora.dev/retry-requested-at, of bounded length; None without it."""
+
+
+@dataclass(frozen=True)
+class RawClass:
+    """A QLoRAClass as the API server returned it; its spec is not validated yet."""
+
+    name: str
+    generation: int
+    created_at: datetime
+    is_default: bool
+    spec: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The QLoRAClasses of the cluster."""
+
+    items: tuple[RawClass, ...] = ()
+    unreadable: str = ""
+    """Why they cannot be listed, and what to do; empty if they can."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +234,8 @@ class ChildJob:
     """Whether it has the label by which the operator watches Jobs."""
     workload: Workload | None = None
     """What its queue says; None unless looked up."""
+    used_class: str = ""
+    """The QLoRAClass in its label; empty if none."""
     managed_by: str = ""
     """The controller that runs it instead of Kubernetes' own (spec.managedBy); empty if none."""
     complete: bool = False
@@ -332,6 +363,8 @@ class Decision:
     result: Result | None = None
     preparation: Preparation | None = None
     """The current preparation, if it is to be recorded."""
+    used_class: ClassStatus | None = None
+    """The QLoRAClass that the run uses now."""
     attempt: Attempt | None = None
     """The attempt as observed now; it replaces the one with the same number."""
     checkpoint: Checkpoint | None = None

@@ -1,5 +1,6 @@
 """The generated CRD says what the models say, in the form that an API server accepts."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import pytest
 
 from qlora_api import crd
+from qlora_api.qlora_class import QLoRAClassSpec
 from qlora_api.reasons import REASONS, Reason
 from qlora_api.v1alpha1 import MUTABLE_FIELDS, QLoRAJobSpec
 from qlora_codegen.__main__ import stale_files
 
+PRESERVE = "x-kubernetes-preserve-unknown-fields"
 ROOT = Path(__file__).parents[2]
 NOT_STRUCTURAL = {"$ref", "$defs", "anyOf", "oneOf", "allOf", "const", "title", "examples", "propertyNames"}
 
@@ -25,17 +28,20 @@ def walk(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str
 
 
 NODES = dict(walk(crd.root_schema()))
+CLASS_NODES = dict(walk(crd.class_root_schema()))
 
 
-def test_every_node_is_structural():
-    assert {path: bad for path, node in NODES.items() if (bad := NOT_STRUCTURAL & node.keys())} == {}
-    assert [path for path, node in NODES.items() if "type" not in node] == []
+@pytest.mark.parametrize("nodes", [NODES, CLASS_NODES], ids=["QLoRAJob", "QLoRAClass"])
+def test_every_node_is_structural(nodes: dict[str, dict[str, Any]]):
+    assert {path: bad for path, node in nodes.items() if (bad := NOT_STRUCTURAL & node.keys())} == {}
+    assert [path for path, node in nodes.items() if "type" not in node] == []
 
 
-def test_every_string_list_and_map_is_bounded_so_that_cel_stays_within_its_budget():
+@pytest.mark.parametrize("nodes", [NODES, CLASS_NODES], ids=["QLoRAJob", "QLoRAClass"])
+def test_every_string_list_and_map_is_bounded_so_that_cel_stays_within_its_budget(nodes: dict[str, dict[str, Any]]):
     unbounded = {
         path: node["type"]
-        for path, node in NODES.items()
+        for path, node in nodes.items()
         if path.startswith((".spec", ".status"))
         and (
             (node["type"] == "string" and not {"maxLength", "enum", "format"} & node.keys())
@@ -46,24 +52,55 @@ def test_every_string_list_and_map_is_bounded_so_that_cel_stays_within_its_budge
     assert unbounded == {}
 
 
-def test_every_field_of_the_spec_is_described():
-    assert [path for path, node in NODES.items() if path.startswith(".spec") and "description" not in node
+@pytest.mark.parametrize("nodes", [NODES, CLASS_NODES], ids=["QLoRAJob", "QLoRAClass"])
+def test_every_field_of_the_spec_is_described(nodes: dict[str, dict[str, Any]]):
+    assert [path for path, node in nodes.items() if path.startswith(".spec") and "description" not in node
             and not path.endswith("[]")] == []  # fmt: skip
 
 
 def test_every_block_of_the_spec_is_immutable_but_the_named_ones():
     guarded = {
-        rule["rule"].split("oldSelf.")[1]
+        re.findall(r"oldSelf\.(\w+)", rule["rule"])[0]
         for rule in NODES[".spec"]["x-kubernetes-validations"]
         if "oldSelf." in rule["rule"]
     }
     assert guarded == NODES[".spec"]["properties"].keys() - MUTABLE_FIELDS
 
 
-def test_every_immutable_block_is_always_present_since_cel_cannot_guard_an_optional_one():
+def test_every_immutable_block_is_always_present_or_its_rule_asks_whether_it_is():
     spec = NODES[".spec"]
     optional = {name for name, field in spec["properties"].items() if "default" not in field} - set(spec["required"])
-    assert optional <= MUTABLE_FIELDS
+    rules = " ".join(rule["rule"] for rule in spec["x-kubernetes-validations"])
+    guarded = {name for name in optional if f"has(self.{name}) == has(oldSelf.{name})" in rules}
+    assert optional <= MUTABLE_FIELDS | guarded
+
+
+def test_class_has_only_what_somebody_wrote_but_for_words_that_cel_reads():
+    filled = {
+        path.removeprefix(".spec.pods"): node["default"] for path, node in CLASS_NODES.items() if "default" in node
+    }
+    assert filled == {f"{section}.tolerations[].operator": "Equal" for section in ("", ".prepare", ".train")}
+
+
+@pytest.mark.parametrize("nodes", [NODES, CLASS_NODES], ids=["QLoRAJob", "QLoRAClass"])
+def test_rules_read_only_fields_that_are_there_or_that_they_ask_for(nodes: dict[str, dict[str, Any]]):
+    """CEL fails on a field that is absent, which refuses an object that is valid."""
+    missing = []
+    for path, node in nodes.items():
+        for rule in node.get("x-kubernetes-validations", ()) if "properties" in node else ():
+            asked = set(re.findall(r"has\((?:self|oldSelf)\.(\w+)\)", rule["rule"]))
+            for name in set(re.findall(r"\b(?:self|oldSelf)\.(\w+)", rule["rule"])) - asked - {"metadata"}:
+                field = node["properties"].get(name, {})
+                if "default" not in field and name not in node.get("required", ()):
+                    missing.append(f"{path}.{name}")
+    assert missing == []
+
+
+def test_objects_of_volumes_keep_their_fields_and_nothing_else_does():
+    kept = {path.rpartition(".")[2] for path, node in CLASS_NODES.items() if PRESERVE in node}
+    described = QLoRAClassSpec.model_json_schema(by_alias=True)["$defs"]["Volume"]["properties"].keys() - {"name"}
+    assert kept == described | {"seccompProfile", "seLinuxOptions", "appArmorProfile"}
+    assert [path for path, node in NODES.items() if PRESERVE in node] == [".status.class.settings"]
 
 
 def test_a_status_is_in_progress_before_the_operator_has_written_one():

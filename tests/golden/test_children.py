@@ -9,6 +9,8 @@ from typing import Final
 import pytest
 import yaml
 
+from qlora_api.pod_profile import PodProfile
+from qlora_api.qlora_class import PrepareResources
 from qlora_api.v1alpha1 import QLoRAJobSpec
 from qlora_operator.models import AttemptInputs, Manifest
 from qlora_operator.resources import (
@@ -17,6 +19,7 @@ from qlora_operator.resources import (
     build_run_config,
     build_service,
     build_train_job,
+    merge_profiles,
 )
 from qlora_planner import make_plan
 from tests.make import INSTALLATION, OWNER, make_prepared, make_spec
@@ -54,6 +57,16 @@ SIZED: Final = {
     "min_gpu_memory": 23_028 << 20,
 }
 """What a plan says about GPUs after it was sized, where there is a smaller one of the same name."""
+CLASSED: Final = replace(
+    INSTALLATION,
+    pods=merge_profiles(
+        INSTALLATION.pods,
+        PodProfile.model_validate({"labels": {"cost-center": "42"}, "train": {"runtimeClassName": "nvidia"}}),
+    ),
+    prepare_resources=PrepareResources(cpu="4", memory="64Gi", ephemeral_storage="400Gi"),
+    used_class="team-a",
+)
+"""An installation for a run with a QLoRAClass."""
 QUEUED: Final = make_spec(queue={"name": "gpus", "priorityClass": "nightly"})
 
 
@@ -72,6 +85,8 @@ ONE_GPU: Final = make_spec(resources={"gpusPerNode": 1})
 CHILDREN: Final[dict[str, Callable[[], Manifest]]] = {
     "prepare-job-cpu": lambda: build_prepare_job(OWNER, CPU, INSTALLATION),
     "prepare-job-gpu": lambda: build_prepare_job(OWNER, GPU, PRIVATE),
+    "prepare-job-class": lambda: build_prepare_job(OWNER, CPU, CLASSED),
+    "train-job-class": lambda: build_train_job(OWNER, CPU, RUN, CLASSED),
     "prepare-job-claims": lambda: build_prepare_job(OWNER, CLAIMS, INSTALLATION),
     "train-job-claims": lambda: build_train_job(OWNER, CLAIMS, run_of(CLAIMS), INSTALLATION),
     "train-job-cpu": lambda: build_train_job(OWNER, CPU, RUN, INSTALLATION),

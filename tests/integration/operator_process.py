@@ -46,8 +46,9 @@ STEP_PATIENCE: Final = 90.0
 
 
 def install(cluster: Cluster) -> None:
-    """Install the CRD, and an account with the operator's permissions and nothing else."""
+    """Install the CRDs, and an account with the operator's permissions and nothing else."""
     cluster.kubectl("apply", "-f", ROOT / "crds/qlorajobs.qlora.dev.yaml")
+    cluster.kubectl("apply", "-f", ROOT / "crds/qloraclasses.qlora.dev.yaml")
     cluster.wait_until_served()
     cluster.apply(
         {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": OPERATOR_NAMESPACE}},

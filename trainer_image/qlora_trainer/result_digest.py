@@ -18,6 +18,7 @@ _IN_THE_MODULES: Final = "rank and scale of each module are in the digest, howev
 _BATCHING_SETTINGS: Final = "a step has the same rows and weights, however it is split into micro-batches and processes"
 _ACCESS: Final = "it gives access to a source, whose content is in the digest"
 LEFT_OUT: Final[Mapping[str, str]] = {
+    "class_name": "it says how pods run, and when",
     "model.revision": "the commit that it was resolved to is in the digest",
     "model.secret_ref": _ACCESS,
     "dataset.uri": _ROW_SETTINGS,

@@ -102,6 +102,18 @@
   verbs:
   - list
 - apiGroups:
+  - qlora.dev
+  resources:
+  - qloraclasses
+  verbs:
+  - list
+- apiGroups:
+  - ''
+  resources:
+  - namespaces
+  verbs:
+  - get
+- apiGroups:
   - coordination.k8s.io
   resources:
   - leases

@@ -15,7 +15,7 @@ WARNING: platform.hub.mirror is for air-gapped clusters, but platform.s3.endpoin
 NOTE: models are downloaded from the public Hugging Face hub. In an air-gapped cluster, set platform.hub.mirror.
 {{- end }}
 {{- if and .Values.crds.enabled (not .Values.crds.keep) }}
-WARNING: crds.keep is false: helm uninstall deletes the CRD, and with it every QLoRAJob in the cluster.
+WARNING: crds.keep is false: helm uninstall deletes the CRDs, and with them every QLoRAJob in the cluster.
 {{- end }}
 {{- if not .Values.rbac.create }}
 WARNING: rbac.create is false: until you bind the rules in docs/operations.md to {{ include "qlora-operator.account" . }}, the operator waits.

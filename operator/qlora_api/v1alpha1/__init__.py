@@ -23,6 +23,7 @@ from qlora_api.v1alpha1.spec import (
 from qlora_api.v1alpha1.status import (
     Attempt,
     Checkpoint,
+    ClassStatus,
     Condition,
     DataStatus,
     EarlierAttempts,
@@ -61,6 +62,7 @@ __all__ = [
     "AttemptUsage",
     "Checkpoint",
     "CheckpointSpec",
+    "ClassStatus",
     "Condition",
     "DataSource",
     "DataStatus",

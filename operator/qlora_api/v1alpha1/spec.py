@@ -14,7 +14,7 @@ from qlora_api.v1alpha1.data import DatasetSpec, ModelSpec, OutputSpec
 from qlora_api.v1alpha1.patterns import CPU, GPU_RESOURCE, LABEL_KEY, LABEL_PREFIX, SUBDOMAIN, WHOLE_BYTES, CelRule
 from qlora_api.v1alpha1.tracking import TrackingSpec
 from qlora_api.v1alpha1.training import EvaluationSpec, LoraSpec, QuantizationSpec, TrainingSpec
-from qlora_api.v1alpha1.types import Duration, LabelKey, LabelValue, Quantity, SecretRef, cel
+from qlora_api.v1alpha1.types import ClassName, Duration, LabelKey, LabelValue, Quantity, SecretRef, cel
 
 MIN_MEMORY: Final = 256
 """Least memory of a training pod in MiB: its Python libraries alone take more; a smaller number lacks its unit."""
@@ -228,6 +228,19 @@ class QLoRAJobSpec(ApiModel):
             f"training.optimizer out, or set distribution to {DDP.name}",
         ),
         *map(_immutable, _IMMUTABLE_FIELDS),
+        (
+            "has(self.className) == has(oldSelf.className) && "
+            "(!has(self.className) || self.className == oldSelf.className)",
+            _immutable("className")[1],
+        ),
+    )
+
+    class_name: ClassName | None = Field(
+        default=None,
+        description=(
+            "The QLoRAClass with what the installation keeps for runs like this one. Absent: the default class of the "
+            "namespace, if there is one."
+        ),
     )
 
     method: Literal["qlora", "lora", "full"] = Field(

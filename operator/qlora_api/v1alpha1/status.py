@@ -1,7 +1,8 @@
 """The status of a QLoRAJob."""
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AwareDatetime, Field
 
@@ -11,7 +12,7 @@ from qlora_api.model_config import MAX_CONFIG
 from qlora_api.names import MOST_PREPARATIONS, RETRY_ANNOTATION, ConditionType, Phase
 from qlora_api.reasons import Domain, Reason
 from qlora_api.strategies import SINGLE, StrategyName
-from qlora_api.v1alpha1.types import MAX_URI
+from qlora_api.v1alpha1.types import MAX_URI, ClassName
 from qlora_api.v1alpha1.usage import AttemptUsage, GpuUsage, RunUsage
 
 MAX_INSTALLATION: Final = 63 + 1 + 253
@@ -327,6 +328,14 @@ class RetryStatus(ApiModel):
     time: datetime | None = Field(default=None, description="When the last retry began; absent if there was none.")
 
 
+class ClassStatus(ApiModel):
+    """A QLoRAClass as a run used it last; without the class, the run continues with it."""
+
+    name: ClassName = Field(description="Name of the QLoRAClass.")
+    generation: int = Field(ge=0, description="Its metadata.generation.")
+    settings: Mapping[str, Any] = Field(description="What it sets: its spec, without namespaces.")
+
+
 class QLoRAJobStatus(ApiModel):
     """The current state of the run."""
 
@@ -359,6 +368,9 @@ class QLoRAJobStatus(ApiModel):
     finished_at: datetime | None = Field(default=None, description="When the job ended.")
     model: ModelStatus | None = Field(default=None, description="What the model was resolved to.")
     dataset: DataStatus | None = Field(default=None, description="What preparation found in the dataset.")
+    used_class: ClassStatus | None = Field(
+        default=None, alias="class", description="The QLoRAClass that the pods of the run have their settings from."
+    )
     preparation: Preparation | None = Field(default=None, description="The current preparation.")
     plan: Plan | None = Field(default=None, description="How the run is executed.")
     last_report: Progress | None = Field(default=None, description="The last report of the running pod.")

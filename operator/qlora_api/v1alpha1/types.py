@@ -88,6 +88,8 @@ OutputUri = Annotated[
 ]
 MergeBase = Literal["original", "dequantised"]
 ObjectName = Annotated[str, Field(pattern=f"^{SUBDOMAIN}$", max_length=253, examples=["s3-credentials"])]
+ClassName = Annotated[str, Field(pattern=f"^{SUBDOMAIN}$", max_length=63, examples=["team-a"])]
+"""Also the value of a label, which has 63 characters at most."""
 Quantity = Annotated[str, Field(pattern=QUANTITY, max_length=16)]
 ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=128)]
 TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:\-]*$", max_length=128)]

@@ -1,12 +1,12 @@
 """Interfaces to the cluster and their errors; `KubeCluster` implements them, and so does the fake of the tests."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import NamedTuple, Protocol
 
 from qlora_api.accelerators import Accelerator
 from qlora_api.job_ref import JobRef
-from qlora_operator.models import ChildJob, Manifest, Observation, RawJob, Workload
+from qlora_operator.models import ChildJob, Classes, Manifest, Observation, RawJob, Workload
 
 
 class ClusterBusyError(Exception):
@@ -79,6 +79,12 @@ class Cluster(Protocol):
 
     async def find_gpu_nodes(self, accelerator: Accelerator) -> tuple[Manifest, ...]:
         """Return the nodes whose labels describe such GPUs; none if the operator may not list nodes."""
+
+    async def list_classes(self, since: datetime) -> Classes:
+        """Return the QLoRAClasses, as they were at some time after `since`, and not long ago."""
+
+    async def namespace_labels(self, namespace: str, since: datetime) -> Mapping[str, str] | None:
+        """Return the labels of a namespace, with the same promise; None if the operator may not read it."""
 
     async def find_event(self, ref: JobRef, uid: str, reasons: Collection[str], since: datetime) -> str:
         """Return the message of the newest Event on a child with such a reason.

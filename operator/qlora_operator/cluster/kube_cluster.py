@@ -13,6 +13,7 @@ from qlora_api.accelerators import Accelerator
 from qlora_api.job_ref import JobRef
 from qlora_api.names import TERMINAL
 from qlora_operator.cluster.cache import ChildCache, ObjectCache, uid_of
+from qlora_operator.cluster.class_reader import ClassReader
 from qlora_operator.cluster.http import MERGE_PATCH, Api, ApiError, ConflictError, FailedWebhookError, NotFoundError
 from qlora_operator.cluster.interface import (
     AdmissionDeniedError,
@@ -37,7 +38,7 @@ from qlora_operator.cluster.parse import (
 from qlora_operator.cluster.parse_node import parse_node
 from qlora_operator.cluster.stripped import CONTROLLER_UID_LABEL, build_restoration, find_podless
 from qlora_operator.cluster.tolerant import parse_or_skip
-from qlora_operator.models import ChildJob, Manifest, Observation, RawJob, Workload
+from qlora_operator.models import ChildJob, Classes, Manifest, Observation, RawJob, Workload
 
 _log = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ class KubeCluster:
         self._api = api
         self._cache = children
         self._workloads = Workloads(api)
+        self._classes = ClassReader(api)
 
     async def read_job(self, ref: JobRef) -> RawJob | None:
         """Return a QLoRAJob, or None if it is gone or cannot be read."""
@@ -165,6 +167,14 @@ class KubeCluster:
             return ()
         nodes = (parse_or_skip("Node", parse_node, item) for item in answer.get("items") or ())
         return tuple(filter(None, nodes))
+
+    async def list_classes(self, since: datetime) -> Classes:
+        """Return the QLoRAClasses, as they were at some time after `since`, and not long ago."""
+        return await self._classes.list_classes(since)
+
+    async def namespace_labels(self, namespace: str, since: datetime) -> Mapping[str, str] | None:
+        """Return the labels of a namespace, with the same promise; None if the operator may not read it."""
+        return await self._classes.namespace_labels(namespace, since)
 
     async def find_event(self, ref: JobRef, uid: str, reasons: Collection[str], since: datetime) -> str:
         """Return the message of the newest Event on a child with such a reason; empty if none can be found."""

@@ -12,7 +12,17 @@ from qlora_api.names import Role
 from qlora_api.v1alpha1.status import MAX_RETRY_REQUEST
 from qlora_operator.cluster.interface import PodIdentity, PodOwner
 from qlora_operator.cluster.tolerant import check_types, parse_or_skip
-from qlora_operator.models import ENDED_POD_PHASES, ChildJob, Exit, JobFailure, Observation, Pod, RawJob, Waiting
+from qlora_operator.models import (
+    ENDED_POD_PHASES,
+    ChildJob,
+    Exit,
+    JobFailure,
+    Observation,
+    Pod,
+    RawClass,
+    RawJob,
+    Waiting,
+)
 
 Json = Mapping[str, Any]
 Child = TypeVar("Child", ChildJob, Pod)
@@ -67,6 +77,21 @@ def _retry_request(metadata: Json) -> str | None:
     if value is None or len(value) <= MAX_RETRY_REQUEST:
         return value
     return sha256(value.encode(errors="replace")).hexdigest()
+
+
+def parse_class(item: Json) -> RawClass:
+    """Parse a QLoRAClass; its spec stays unparsed."""
+    metadata = item["metadata"]
+    annotations = metadata.get("annotations") or {}
+    return check_types(
+        RawClass(
+            name=metadata["name"],
+            generation=metadata["generation"],
+            created_at=created_at(item),
+            is_default=annotations.get(names.DEFAULT_CLASS_ANNOTATION) == "true",
+            spec=item.get("spec") or {},
+        )
+    )
 
 
 def controller_of(item: Json) -> Json | None:
@@ -243,6 +268,7 @@ def parse_child(item: Json) -> ChildJob:
         queue=labels.get(names.QUEUE_LABEL, ""),
         priority_class=labels.get(names.PRIORITY_CLASS_LABEL, ""),
         watched=labels.get(names.MANAGED_BY_LABEL) == names.FIELD_MANAGER,
+        used_class=created_with.get(names.CLASS_LABEL, ""),
         managed_by=_foreign_controller(item),
         complete="Complete" in conditions,
         failure=_failure(failed) if failed else None,

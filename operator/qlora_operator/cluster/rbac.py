@@ -60,9 +60,11 @@ RETENTION: Final = (
 CLUSTER_SCOPED: Final = (
     Permission("authentication.k8s.io", "tokenreviews", ("create",), "Find out which pod posts progress."),
     Permission("", "nodes", ("list",), "Find out what GPUs there are, to size a run before it requests one."),
+    Permission(names.GROUP, names.CLASS_PLURAL, ("list",), "Read what is kept for the runs of a namespace."),
+    Permission("", "namespaces", ("get",), "Compare its labels with the selector of a QLoRAClass."),
     Permission("coordination.k8s.io", "leases", ("get",), "Find out whether another installation is still there."),
 )
-"""TokenReviews and nodes are cluster-scoped; another installation may be in any namespace."""
+"""TokenReviews, nodes, QLoRAClasses and namespaces are cluster-scoped; another installation may be in any namespace."""
 
 OWN_NAMESPACE: Final = (
     Permission("coordination.k8s.io", "leases", ("get", "create", "update"), "Elect the leader."),

@@ -11,12 +11,12 @@ from typing import Any, Final, TypeVar
 from pydantic import ConfigDict, create_model
 
 from qlora_api.escapes import escape_line
-from qlora_operator.models import ChildJob, Pod, RawJob, Workload
+from qlora_operator.models import ChildJob, Pod, RawClass, RawJob, Workload
 
 _log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
-Checked = TypeVar("Checked", ChildJob, Pod, RawJob, Workload)
+Checked = TypeVar("Checked", ChildJob, Pod, RawClass, RawJob, Workload)
 
 PARSE_ERRORS: Final = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What code raises that expects another type, another field or another spelling."""
@@ -31,7 +31,7 @@ def _strict_model(kind: type) -> Any:
 
 
 _STRICT: Final = ConfigDict(revalidate_instances="always", strict=True)
-_STRICT_MODELS: Final = {kind: _strict_model(kind) for kind in (ChildJob, Pod, RawJob, Workload)}
+_STRICT_MODELS: Final = {kind: _strict_model(kind) for kind in (ChildJob, Pod, RawClass, RawJob, Workload)}
 """Models that check the type of every field of a value, also inside of it."""
 
 

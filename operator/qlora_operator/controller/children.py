@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from qlora_api.job_ref import JobRef
-from qlora_api.names import Phase, Role
+from qlora_api.names import CLASS_KIND, Phase, Role
 from qlora_api.pod_profile import DEFAULT_PROFILE
 from qlora_api.reasons import Reason
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster, NameConflictError
@@ -183,7 +183,8 @@ def on_admission_denied(error: AdmissionDeniedError, job: Job, installation: Ins
     if error.permanent and not job.status.attempts:
         if installation.pods == DEFAULT_PROFILE:
             return Decision(Phase.FAILED, Reason.INVALID_SPEC, message)
-        message = f"{message}; correct the spec, or what the chart's values set under pods"
+        settings = f" and {CLASS_KIND} {installation.used_class}" if installation.used_class else ""
+        message = f"{message}; correct the spec, or what the chart's values{settings} set under pods"
     return Decision(Phase.PENDING, Reason.POD_REJECTED, message, requeue_after=ADMISSION_DENIED_RETRY)
 
 

@@ -21,6 +21,7 @@ from qlora_operator.controller.children import (
 from qlora_operator.controller.finished import reconcile_ended
 from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, write_status
 from qlora_operator.controller.run_config import refresh_run_config
+from qlora_operator.controller.run_settings import RunSettings, read_settings
 from qlora_operator.lifecycle import (
     ReconcileContext,
     decide,
@@ -35,6 +36,7 @@ from qlora_operator.lifecycle import (
     unexplained_jobs,
     vanished_attempt,
 )
+from qlora_operator.lifecycle.class_choice import depends_on_class, end_wait, wait_for_class, without_wait
 from qlora_operator.lifecycle.queue import queued_jobs
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.models import Action, ChildJob, Decision, Job, Observation, RawJob
@@ -99,17 +101,20 @@ async def reconcile_unfinished(
     job = Job(raw.ref, raw.uid, raw.generation, raw.created_at, spec, read.status, read.skew)
     children = cluster.children_from_cache(raw)
     now = request.context.now
-    decision = decide(job, children, request.context)
+    settings = await read_settings(job, children, cluster, installation, request.context)
+    decision = decide_next(settings, children)
     # A queue is asked when its time has come, not after each event.
     asks_queue = not from_cache and bool(queued_jobs(children))
-    cache_is_enough = (is_noop(decision, job, children, now) and not asks_queue) or (
+    cache_is_enough = (is_noop(decision, settings.job, children, now) and not asks_queue) or (
         is_first_step(decision, job) and not (from_cache and children.jobs)
     )
     if from_cache and not cache_is_enough:
         return None
     if not cache_is_enough:
         children = await list_restored(job, raw, cluster, now)
-        decision = decide(job, children, request.context)
+        settings = await read_settings(job, children, cluster, installation, request.context)
+        decision = decide_next(settings, children)
+    job, installation = settings.job, settings.installation
     decision, created = await apply_decision(decision, job, children, cluster, installation, now)
     if decision.phase is Phase.FAILED:
         decision = replace(decision, retry_limits=retry_limits(job))
@@ -119,6 +124,14 @@ async def reconcile_unfinished(
     report = request.context.last_report
     decision = await refresh_run_config(decision, job, children, cluster, installation, report)
     return await write_status(request, decision, children, cluster)
+
+
+def decide_next(settings: RunSettings, children: Observation) -> Decision:
+    """Return the next decision; one that needs a class waits until that can be used."""
+    decision = decide(without_wait(settings.job), children, settings.context)
+    if settings.problem and depends_on_class(decision):
+        return wait_for_class(settings.job, settings.problem, settings.context.now)
+    return replace(end_wait(decision, settings.job), used_class=settings.used_class)
 
 
 def without_reports(status: QLoRAJobStatus) -> QLoRAJobStatus:

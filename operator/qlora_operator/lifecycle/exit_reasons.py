@@ -99,7 +99,11 @@ def _out_of_memory(child: ChildJob, _: Pod, end: Exit) -> ExitCause | None:
 
 
 def _memory(child: ChildJob) -> str:
-    return f"{PREPARE_MEMORY}, fixed for a prepare pod" if child.role is Role.PREPARE else "spec.resources.memory"
+    if child.role is not Role.PREPARE:
+        return "spec.resources.memory"
+    if child.used_class:
+        return f"{PREPARE_MEMORY}, or resources.prepare.memory of QLoRAClass {child.used_class}"
+    return f"{PREPARE_MEMORY}; a QLoRAClass can set resources.prepare.memory"
 
 
 def _describe_role(role: Role) -> str:

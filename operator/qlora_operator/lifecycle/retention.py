@@ -16,11 +16,12 @@ _DURATION: Final[TypeAdapter[str]] = TypeAdapter(Duration)
 
 
 def children_expire_at(spec: Mapping[str, Any], status: QLoRAJobStatus, retention: Retention) -> datetime | None:
-    """Return when the children of a finished run are deleted; None if neither spec nor installation has a ttl.
+    """Return when the children of a finished run are deleted; None if neither spec, class nor installation has a ttl.
 
     Only spec.ttl is read, so that a run whose spec is invalid expires too.
     """
-    return _after_end(status, _own_ttl(spec) or retention.ttl)
+    class_settings = status.used_class.settings if status.used_class else {}
+    return _after_end(status, _own_ttl(spec) or _own_ttl(class_settings) or retention.ttl)
 
 
 def job_expires_at(status: QLoRAJobStatus, retention: Retention) -> datetime | None:

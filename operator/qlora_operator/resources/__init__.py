@@ -10,7 +10,7 @@ from qlora_operator.resources.job import (
     build_train_job,
 )
 from qlora_operator.resources.metadata import Installation, Owner
-from qlora_operator.resources.profile import training_placement
+from qlora_operator.resources.profile import merge_profiles, training_placement
 from qlora_operator.resources.service import build_service
 
 __all__ = [
@@ -28,5 +28,6 @@ __all__ = [
     "build_run_config",
     "build_service",
     "build_train_job",
+    "merge_profiles",
     "training_placement",
 ]

@@ -84,11 +84,13 @@ def _build(workload: ChildWorkload, pod: Manifest, installation: Installation, p
 
     It has no deadline until a container runs (`lifecycle.job_deadline`).
     """
-    template = {"metadata": {"labels": build_labels(workload)}, "spec": pod}
+    label = {names.CLASS_LABEL: installation.used_class} if installation.used_class else {}
+    metadata = build_metadata(workload)
+    template = {"metadata": {"labels": build_labels(workload) | label}, "spec": pod}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": build_metadata(workload),
+        "metadata": metadata | {"labels": metadata["labels"] | label},
         "spec": {
             "completionMode": "Indexed",
             "completions": pods,

@@ -7,6 +7,7 @@ from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
 from qlora_api.pod_profile import DEFAULT_PROFILE, PodProfile
+from qlora_api.qlora_class import PrepareResources
 from qlora_api.runconfig import Platform
 from qlora_operator.models import Retention
 
@@ -24,6 +25,10 @@ class Installation:
     """Names of imagePullSecrets in the QLoRAJob's namespace."""
     retention: Retention = field(default_factory=Retention)
     pods: PodProfile = DEFAULT_PROFILE
+    used_class: str = ""
+    """Name of the QLoRAClass whose settings are in `pods` and `prepare_resources`; empty without one."""
+    prepare_resources: PrepareResources = field(default_factory=PrepareResources)
+    """What overrides the resources of prepare pods."""
 
 
 class Owner(NamedTuple):

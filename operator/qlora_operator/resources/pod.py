@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple
 from qlora_api import metrics, names
 from qlora_api.names import Role, SecretRole
 from qlora_api.prepared import Prepared
+from qlora_api.qlora_class import PrepareResources
 from qlora_api.units import GIB
 from qlora_api.v1alpha1 import Plan, QLoRAJobSpec, ResourcesSpec
 from qlora_operator.models import PREPARE_MEMORY, AttemptInputs, Manifest
@@ -57,7 +58,8 @@ def build_prepare_pod(
     workload: ChildWorkload, spec: QLoRAJobSpec, installation: Installation, avoided_nodes: tuple[str, ...] = ()
 ) -> Manifest:
     """Return the prepare pod, without a GPU; it prefers other nodes to those that are avoided."""
-    taken = _NodeResources(PREPARE_RESOURCES, _PREPARE_DISK, build_prepare_placement(spec.resources))
+    resources = _prepare_resources(installation.prepare_resources)
+    taken = _NodeResources(resources, _PREPARE_DISK, build_prepare_placement(spec.resources))
     affinity = build_prepare_affinity(avoided_nodes)
     return _build(workload, spec, installation, taken) | ({"affinity": affinity} if affinity else {})
 
@@ -209,6 +211,17 @@ def _volumes(
         *(projected if installation.progress_url else []),
         *build_claim_volumes(spec),
     ]
+
+
+def _prepare_resources(chosen: PrepareResources) -> dict[str, Any]:
+    """Return the resources of a prepare pod; a chosen memory is its request too, as in training pods."""
+    limits = {"memory": chosen.memory, "ephemeral-storage": chosen.ephemeral_storage}
+    limits = {name: quantity for name, quantity in limits.items() if quantity}
+    cpu = {"cpu": chosen.cpu} if chosen.cpu else {}
+    return {
+        "requests": PREPARE_RESOURCES["requests"] | cpu | limits,
+        "limits": PREPARE_RESOURCES["limits"] | limits,
+    }
 
 
 def _train_resources(resources: ResourcesSpec, plan: Plan) -> dict[str, Any]:

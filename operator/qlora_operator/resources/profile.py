@@ -51,16 +51,47 @@ def training_placement(profile: PodProfile) -> tuple[Mapping[str, str], tuple[To
     return {**profile.node_selector, **train.node_selector}, (*profile.tolerations, *train.tolerations)
 
 
-def merge_settings(all_pods: PodSettings, of_role: PodSettings) -> dict[str, Any]:
-    """Return the fields of a pod: mappings are merged, entries of lists added, and other values overridden."""
-    merged = _fields(all_pods)
-    for key, value in _fields(of_role).items():
-        if isinstance(value, dict) and key != "dnsConfig":
-            merged[key] = merged.get(key, {}) | value
-        elif isinstance(value, list):
-            merged[key] = _merge_lists([*merged.get(key, []), *value], _LIST_KEYS.get(key))
-        else:
-            merged[key] = value
+def merge_profiles(installation: PodProfile, added: PodProfile) -> PodProfile:
+    """Return the settings of an installation with those of a class, which override them.
+
+    Raises:
+        ValueError: Each is valid, but not both together.
+
+    """
+    if added == PodProfile():
+        return installation
+    bundle = added.ca_bundle
+    return PodProfile(
+        proxy=_merge_proxies(installation.proxy, added.proxy),
+        ca_bundle=bundle if bundle.config_map or bundle.secret else installation.ca_bundle,
+        prepare=_merge_layers(installation, installation.prepare, added, added.prepare),
+        train=_merge_layers(installation, installation.train, added, added.train),
+    )
+
+
+def _merge_proxies(installation: Proxy, added: Proxy) -> Proxy:
+    return Proxy(
+        http=added.http or installation.http,
+        https=added.https or installation.https,
+        no_proxy=tuple(dict.fromkeys((*installation.no_proxy, *added.no_proxy))),
+    )
+
+
+def _merge_layers(*layers: PodSettings) -> PodSettings:
+    return PodSettings.model_validate(merge_settings(*layers))
+
+
+def merge_settings(*layers: PodSettings) -> dict[str, Any]:
+    """Return the fields of a pod; a later layer adds to mappings and lists, and overrides other values."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in _fields(layer).items():
+            if isinstance(value, dict) and key != "dnsConfig":
+                merged[key] = merged.get(key, {}) | value
+            elif isinstance(value, list):
+                merged[key] = _merge_lists([*merged.get(key, []), *value], _LIST_KEYS.get(key))
+            else:
+                merged[key] = value
     return merged
 
 
@@ -78,7 +109,8 @@ def _not_empty(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _merge_lists(entries: Iterable[dict[str, Any]], key: str | None) -> list[dict[str, Any]]:
     if key is None:
-        return list(entries)
+        known = list(entries)
+        return [entry for number, entry in enumerate(known) if entry not in known[:number]]
     return list({entry[key]: entry for entry in entries}.values())
 
 

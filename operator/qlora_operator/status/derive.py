@@ -68,6 +68,7 @@ def derive_status(  # noqa: PLR0913 (everything that a status depends on)
             "model": prepared.model if prepared else previous.model,
             "dataset": prepared.dataset if prepared else previous.dataset,
             "preparation": derive_preparation(previous.preparation, decision.preparation),
+            "used_class": decision.used_class or previous.used_class,
             "plan": plan,
             **list_attempts(attempts, previous, now),
             "forgiven_attempts": decision.forgiven_attempts or previous.forgiven_attempts,

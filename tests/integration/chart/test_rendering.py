@@ -144,10 +144,11 @@ def test_helm_lint_passes(name: str, tmp_path: Path) -> None:
     assert "0 chart(s) failed" in run([binary("helm"), "lint", "--strict", CHART, f"--values={values}"])
 
 
-def test_installations_with_names_of_their_own_share_only_the_crd() -> None:
+def test_installations_with_names_of_their_own_share_only_the_crds() -> None:
     first, second = (names_of(render({**VALUES["closed"], **value})) for value in ({}, {"fullnameOverride": "team-b"}))
     assert {name for name in first & second if not name.startswith("ConfigMap/")} == {
-        "CustomResourceDefinition/qlorajobs.qlora.dev"
+        "CustomResourceDefinition/qlorajobs.qlora.dev",
+        "CustomResourceDefinition/qloraclasses.qlora.dev",
     }
 
 

@@ -29,6 +29,8 @@ def test_operator_permissions() -> None:
         "events.k8s.io/events": "create",
         "authentication.k8s.io/tokenreviews": "create",
         "/nodes": "list",
+        "/namespaces": "get",
+        "qlora.dev/qloraclasses": "list",
         "coordination.k8s.io/leases": "get",
         "kueue.x-k8s.io/workloads": "list",
     }

@@ -67,8 +67,19 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
                 Role.PREPARE, pod=make_pod(phase="Failed", exit=make_exit(137, "", "OOMKilled")), failure=FAILED
             ),
             Reason.HOST_OUT_OF_MEMORY,
-            "the prepare pod exceeded its memory limit (4Gi, fixed for a prepare pod)",
+            "exceeded its memory limit (4Gi; a QLoRAClass can set resources.prepare.memory)",
             id="oom-of-prepare",
+        ),
+        pytest.param(
+            make_child(
+                Role.PREPARE,
+                pod=make_pod(phase="Failed", exit=make_exit(137, "", "OOMKilled")),
+                failure=FAILED,
+                used_class="team-a",
+            ),
+            Reason.HOST_OUT_OF_MEMORY,
+            "exceeded its memory limit (4Gi, or resources.prepare.memory of QLoRAClass team-a)",
+            id="oom-of-prepare-with-class",
         ),
         pytest.param(
             make_child(
