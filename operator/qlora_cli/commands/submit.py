@@ -1,6 +1,6 @@
 """`qlora submit`: validates manifests offline, then creates them in the cluster."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import typer
@@ -22,10 +22,10 @@ from qlora_cli.commands.wait import wait_for_all
 from qlora_cli.console import Console, echo
 from qlora_cli.display.formats import print_data
 from qlora_cli.errors import exit_error_without_remedy
-from qlora_cli.manifests.job_files import read_jobs
-from qlora_cli.manifests.loader import ManifestError, parse_manifest
+from qlora_cli.manifests.job_files import read_jobs, read_manifests
+from qlora_cli.manifests.loader import ManifestError, is_qlorajob, parse_manifest
 from qlora_cli.manifests.local_paths import local_fields
-from qlora_cli.manifests.overrides import OverrideError, parse_override
+from qlora_cli.manifests.overrides import Override, OverrideError, parse_override
 from qlora_cli.manifests.yaml_documents import Document, YamlError
 from qlora_cli.options import OutputFormat, OutputOption
 from qlora_planner.validation import CLUSTER_RULES
@@ -60,11 +60,28 @@ def submit(  # noqa: PLR0913, PLR0917 (an option each)
 
 def load_documents(files: list[str], changes: list[str], console: Console) -> list[Document]:
     """Return every QLoRAJob of the files with the changes applied, or exit with every problem."""
+    return _check(load(read_jobs, files, changes, console), files, console)
+
+
+def load_manifests(files: list[str], changes: list[str], console: Console) -> list[Document]:
+    """Return every QLoRAJob, checked in the same way, and every QLoRAClass of the files."""
+    documents = load(read_manifests, files, changes, console)
+    _check([document for document in documents if is_qlorajob(document)], files, console)
+    return documents
+
+
+def load(
+    read: Callable[[str, list[Override]], list[Document]], files: list[str], changes: list[str], console: Console
+) -> list[Document]:
+    """Read the files with the changes applied, or exit with what is wrong."""
     try:
         overrides = [parse_override(change) for change in changes]
-        documents = [document for file in files for document in read_jobs(file, overrides)]
+        return [document for file in files for document in read(file, overrides)]
     except (OverrideError, YamlError) as error:
         exit_error_without_remedy(console, None, str(error))
+
+
+def _check(documents: list[Document], files: list[str], console: Console) -> list[Document]:
     problems = list(find_problems(documents))
     if problems and any(local_fields(document.value) for document in documents):
         problems.append(f"to train with local files, on this machine: {shell_command('qlora', 'run', files[0])}")

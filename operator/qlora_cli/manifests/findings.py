@@ -7,7 +7,9 @@ from enum import StrEnum
 from typing import Any
 
 from qlora_api.escapes import escape_line, shell_command
-from qlora_cli.manifests.job_files import read_jobs
+from qlora_api.names import CLASS_KIND
+from qlora_cli.manifests.classes import is_class, parse_class
+from qlora_cli.manifests.job_files import read_manifests
 from qlora_cli.manifests.loader import ManifestError, parse_manifest
 from qlora_cli.manifests.local_paths import is_missing, local_fields
 from qlora_cli.manifests.validation_messages import read_location
@@ -40,15 +42,28 @@ class Finding:
 
 
 def find_in_file(file: str) -> Iterator[Finding]:
-    """Yield what a file's QLoRAJobs have, in the order of the file; a file without one is an error."""
+    """Yield what a file's QLoRAJobs and QLoRAClasses have, in its order; a file without any is an error."""
     try:
-        jobs = read_jobs(file)
+        manifests = read_manifests(file)
     except YamlError as error:
         position, message = _split_position(str(error), file)
         yield _finding(Level.ERROR, position, "", message)
         return
-    for job in jobs:
-        yield from _find_in_job(file, job)
+    for manifest in manifests:
+        yield from _find_in_class(manifest) if is_class(manifest) else _find_in_job(file, manifest)
+
+
+def _find_in_class(document: Document) -> Iterator[Finding]:
+    try:
+        manifest = parse_class(document)
+    except ManifestError as error:
+        yield from _errors(error)
+        return
+    yield _finding(Level.VALID, document.position_of(()), "", f"{CLASS_KIND} {manifest.metadata.name} is valid")
+
+
+def _errors(error: ManifestError) -> Iterator[Finding]:
+    return (_finding(Level.ERROR, found.position, found.field, found.message) for found in error.problems)
 
 
 def _find_in_job(file: str, job: Document) -> Iterator[Finding]:
@@ -56,7 +71,7 @@ def _find_in_job(file: str, job: Document) -> Iterator[Finding]:
     try:
         manifest = parse_manifest(job, LOCAL_RULES if local else CLUSTER_RULES)
     except ManifestError as error:
-        yield from (_finding(Level.ERROR, found.position, found.field, found.message) for found in error.problems)
+        yield from _errors(error)
         return
     where = " for qlora run" if local else ""
     yield _finding(Level.VALID, job.position_of(()), "", f"QLoRAJob {manifest.metadata.name} is valid{where}")

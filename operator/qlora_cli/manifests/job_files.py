@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qlora_api.escapes import escape_line
+from qlora_cli.manifests.classes import is_class
 from qlora_cli.manifests.foreign_configs import describe_foreign
 from qlora_cli.manifests.loader import is_qlorajob
 from qlora_cli.manifests.local_paths import resolve_local_paths
@@ -19,12 +20,28 @@ def read_jobs(file: str, overrides: Iterable[Override] = ()) -> list[Document]:
         OverrideError: A field cannot be set.
 
     """
-    documents, overrides = read_documents(file), tuple(overrides)
+    documents = read_documents(file)
     jobs = [document for document in documents if is_qlorajob(document)]
     if not jobs:
         raise YamlError(_describe_without_jobs(file, documents))
+    return _resolve(file, jobs, tuple(overrides))
+
+
+def read_manifests(file: str, overrides: Iterable[Override] = ()) -> list[Document]:
+    """Return the QLoRAJobs and QLoRAClasses of a file, in its order; the errors are those of `read_jobs`."""
+    documents = read_documents(file)
+    found = [document for document in documents if is_qlorajob(document) or is_class(document)]
+    if not found:
+        raise YamlError(_describe_without_jobs(file, documents))
+    return _resolve(file, found, tuple(overrides))
+
+
+def _resolve(file: str, documents: list[Document], overrides: tuple[Override, ...]) -> list[Document]:
     base = Path.cwd() if file == STDIN else Path(file).parent
-    return [resolve_local_paths(apply_overrides(job, overrides), base) for job in jobs]
+    return [
+        document if is_class(document) else resolve_local_paths(apply_overrides(document, overrides), base)
+        for document in documents
+    ]
 
 
 def read_single_job(file: str, overrides: Iterable[Override] = ()) -> Document:

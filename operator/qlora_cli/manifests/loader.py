@@ -20,7 +20,9 @@ MAX_PROBLEMS: Final = 100
 Found = TypeVar("Found")
 
 
-def _expect(expected: str) -> AfterValidator:
+def expect(expected: str) -> AfterValidator:
+    """Return a validator that accepts one text only."""
+
     def compare(text: str) -> str:
         if text != expected:
             raise ValueError(f"must be {expected}")
@@ -45,8 +47,8 @@ class JobManifest(BaseModel):
 
     model_config = ConfigDict(alias_generator=to_camel, extra="forbid", frozen=True)
 
-    api_version: Annotated[str, _expect(names.API_VERSION)]
-    kind: Annotated[str, _expect(names.KIND)]
+    api_version: Annotated[str, expect(names.API_VERSION)]
+    kind: Annotated[str, expect(names.KIND)]
     metadata: Metadata
     spec: QLoRAJobSpec
     status: Any = None
@@ -64,8 +66,8 @@ def is_qlorajob(document: Document) -> bool:
     """Return whether a document is meant to be a QLoRAJob; a file may have other kinds as well."""
     if not isinstance(document.value, dict):
         return not isinstance(document.value, list)
-    group = str(document.value.get("apiVersion", "")).split("/")[0]
-    return group == names.GROUP or str(document.value.get("kind", "")).lower() == names.KIND.lower()
+    group, kind = str(document.value.get("apiVersion", "")).split("/")[0], str(document.value.get("kind", "")).lower()
+    return kind == names.KIND.lower() or (group == names.GROUP and kind != names.CLASS_KIND.lower())
 
 
 def parse_manifest(document: Document, rules: tuple[Rule, ...]) -> JobManifest:

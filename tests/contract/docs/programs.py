@@ -11,7 +11,7 @@ import jsonschema
 from typer.main import get_command
 
 from qlora_api import names
-from qlora_api.crd import build_crd, root_schema
+from qlora_api.crd import build_class_crd, build_crd, class_root_schema, root_schema
 from qlora_cli.__main__ import app
 from qlora_cli.manifests.loader import JobManifest
 from qlora_cli.manifests.overrides import parse_override
@@ -76,10 +76,15 @@ _HELM: Final[Mapping[str, frozenset[str]]] = {
     "uninstall": frozenset({"--namespace"}),
 }
 """Options of Helm 4.3 that pages use, per command."""
-_OURS: Final = frozenset(
-    {build_crd()["spec"]["names"][form] for form in ("plural", "singular")}
-    | set(build_crd()["spec"]["names"]["shortNames"])
-)
+
+
+def _names_of(crd: Mapping[str, Any]) -> frozenset[str]:
+    known = crd["spec"]["names"]
+    return frozenset({known["plural"], known["singular"], *known["shortNames"]})
+
+
+_CLASSES: Final = _names_of(build_class_crd())
+_OURS: Final = _names_of(build_crd()) | _CLASSES
 _BUILT_IN: Final = frozenset(
     {
         "configmap",
@@ -157,14 +162,14 @@ def check_helm(words: Sequence[str]) -> None:
     assert [name for name in templates if not (ROOT / "charts/qlora-operator" / name).is_file()] == []
 
 
-def check_field(path: str) -> None:
-    """Check that a dotted path is a field of a QLoRAJob."""
-    schema = {"properties": root_schema()["properties"] | {"metadata": {"x-any": True}}}
+def check_field(path: str, root: Mapping[str, Any] | None = None) -> None:
+    """Check that a dotted path is a field of a QLoRAJob, or of what has another schema."""
+    schema = {"properties": (root or root_schema())["properties"] | {"metadata": {"x-any": True}}}
     for name in filter(None, re.sub(r"\[[^]]*\]", "", path).split(".")):
         if "x-any" in schema:
             return
         fields = schema.get("properties") or schema.get("items", {}).get("properties", {})
-        assert name in fields, f"a QLoRAJob has no {path}"
+        assert name in fields, f"there is no {path}"
         schema = fields[name]
 
 
@@ -196,8 +201,9 @@ def check_kubectl(words: Sequence[str]) -> None:
         for block, change in json.loads(patch).items():
             assert all(check_field(f"{block}.{name}") is None for name in change)
     if verb == "explain":
-        _check_resource(rest[0].partition(".")[0])
-        check_field(rest[0].partition(".")[2])
+        kind, _, path = rest[0].partition(".")
+        _check_resource(kind)
+        check_field(path, class_root_schema() if kind in _CLASSES else None)
     if verb == "wait":
         for wanted in values_of("--for", rest):
             _check_condition(wanted)

@@ -11,6 +11,7 @@ import yaml
 from kubernetes import client
 
 from qlora_api import names
+from qlora_cli.manifests.classes import ClassManifest, parse_class
 from qlora_cli.manifests.loader import JobManifest, ManifestError, parse_manifest
 from qlora_cli.manifests.yaml_documents import Document, parse_documents, read_documents
 from qlora_planner.validation import CLUSTER_RULES
@@ -20,6 +21,7 @@ from tests.make import make_manifest, merge
 VALUES_SCHEMA: Final = json.loads((ROOT / "charts/qlora-operator/values.schema.json").read_text(encoding="utf-8"))
 CHART: Final = yaml.safe_load((ROOT / "charts/qlora-operator/Chart.yaml").read_text(encoding="utf-8"))
 JOB_SCHEMA: Final = json.loads((ROOT / "crds/qlorajob.schema.json").read_text(encoding="utf-8"))
+CLASS_SCHEMA: Final = json.loads((ROOT / "crds/qloraclass.schema.json").read_text(encoding="utf-8"))
 SPEC_FIELDS: Final = frozenset(JOB_SCHEMA["properties"]["spec"]["properties"])
 BUILT_IN: Final = frozenset({"v1", "apps/v1", "batch/v1"})
 OTHERS: Final = {"Application": "argoproj.io/v1alpha1", "Kustomization": "kustomize.toolkit.fluxcd.io/v1"}
@@ -37,6 +39,12 @@ def check_job(document: Document) -> None:
     """As the API server does, in both forms in which its schema is published, with the rules that are CEL there."""
     assert isinstance(parse_manifest(document, CLUSTER_RULES), JobManifest)
     jsonschema.validate(document.value, JOB_SCHEMA)
+
+
+def check_class(document: Document) -> None:
+    """As `kubectl apply` and the operator do."""
+    assert isinstance(parse_class(document), ClassManifest)
+    jsonschema.validate(document.value, CLASS_SCHEMA)
 
 
 def check_fragment(spec: Mapping[str, Any]) -> None:
@@ -69,8 +77,8 @@ def check_document(document: Document) -> str:
     value = document.value
     group, kind = value.get("apiVersion"), value.get("kind")
     if group == names.API_VERSION:
-        check_job(document)
-        return names.KIND
+        (check_class if kind == names.CLASS_KIND else check_job)(document)
+        return str(kind)
     if group in BUILT_IN or (group, kind) in KUEUE:
         if group in BUILT_IN:
             check_built_in(value, f"V1{kind}")

@@ -2,18 +2,23 @@
 
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import yaml
 
 from qlora_api import names
+from qlora_api.job_ref import JobRef
 from qlora_api.names import Phase
 from qlora_api.pod_profile import PodProfile
 from qlora_api.reasons import Reason
+from qlora_operator.controller.reconcile import reconcile
+from qlora_operator.lifecycle import ReconcileContext
 from qlora_operator.lifecycle.class_choice import MAX_CLASS_BYTES
 from qlora_operator.models import Classes, Manifest, RawClass
 from tests.fakes import FakeCluster
-from tests.make import INSTALLATION, NOW, PREPARED_MESSAGE, make_manifest, make_termination_message
+from tests.make import INSTALLATION, NOW, PREPARED_MESSAGE, REF, make_manifest, make_termination_message
 from tests.unit.operator import life
 from tests.unit.operator.life import PREPARE, TRAIN, reconcile_now, reconcile_until_stable, run_to_success
 
@@ -348,6 +353,24 @@ async def test_class_that_contradicts_the_installation_is_waited_for(monkeypatch
     await reconcile_until_stable(cluster)
     assert cluster.status["reason"] == Reason.CLASS_NOT_READY
     assert "contradicts the chart's pods: dnsPolicy None" in cluster.status["message"]
+
+
+EXAMPLE: Final = [
+    RawClass(found["metadata"]["name"], 1, NOW - timedelta(hours=1), "annotations" in found["metadata"], found["spec"])
+    for found in yaml.safe_load_all(Path("examples/class/ten-teams.yaml").read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize("team", [known.name for known in EXAMPLE if known.is_default])
+async def test_each_of_ten_teams_has_its_class_without_naming_it(team: str) -> None:
+    cluster = FakeCluster()
+    cluster.classes = Classes(tuple(EXAMPLE))
+    cluster.namespace = {"team": team}
+    cluster.submit(make_manifest(namespace=team, queue={"name": "own"}))
+    context = ReconcileContext(cluster.now)
+    await reconcile(JobRef(team, REF.name), cluster, INSTALLATION, context)
+    assert class_of(cluster, PREPARE) == team
+    assert cluster.children["Job", PREPARE]["spec"]["template"]["metadata"]["labels"]["cost-center"].startswith("10")
 
 
 @pytest.mark.parametrize("write", range(1, 14))
