@@ -94,7 +94,11 @@ REFUSED: Final[tuple[Change, ...]] = (
     {"spec.lora.targets": ["all-linear", "q_proj"]},
     {"spec.distribution": "ddp"},
     {"spec.resources.gpuResource": "nvidia.com/mig-3g.40gb", "spec.resources.gpusPerNode": 2},
-    {"spec.resources.gpuResource": "nvidia.com/mig-3g.40gb", "spec.resources.nodes": 2},
+    {
+        "spec.resources.gpuResource": "nvidia.com/mig-3g.40gb",
+        "spec.resources.nodes": 2,
+        "spec.resources.gpusPerNode": 1,
+    },
     *({"spec.resources.gpuResource": name} for name in ("", "amd.com/gpu", "gpu", "nvidia.com/mig-", "nvidia.com/GPU")),
     {"spec.distribution": "zero3", "spec.resources.nodes": 2, "spec.lora.modulesToSave": ["lm_head"]},
     {"spec.distribution": "zero2", "spec.resources.nodes": 2, "spec.training.optimizer": "adamw8bit"},
