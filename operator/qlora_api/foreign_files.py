@@ -1,5 +1,6 @@
 """Opens files that others wrote: regular files only, so that no pipe or device in a folder stops its reader."""
 
+import contextlib
 import errno
 import os
 import stat
@@ -44,6 +45,32 @@ def _check_regular(path: Path, mode: int) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(mode):
         raise NotRegularFileError(errno.EINVAL, "not a regular file", str(path))
+
+
+def find_special(folder: Path) -> Path | None:
+    """Return a pipe, socket or device below a folder that another library is going to read; None if there is none.
+
+    What is hidden is not looked at: no library reads it, and the tools of version control keep sockets there.
+    """
+    folders = [str(folder)]
+    while folders:
+        # What cannot be read, such as a link to nothing, cannot be opened by anybody else either.
+        with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif _is_special(entry):
+                    return Path(entry.path)
+    return None
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    with contextlib.suppress(OSError):
+        mode = entry.stat().st_mode
+        return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+    return False
 
 
 def read_file(path: Path, max_bytes: int) -> bytes:

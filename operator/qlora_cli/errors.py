@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, Final, Never
 
@@ -94,21 +92,6 @@ def exit_error_without_remedy(console: Console, _reason: Reason | None, message:
     raise typer.Exit(1)
 
 
-def _is_given(filename: object, values: Iterable[Any]) -> bool:
-    """Return whether a path is below one of the arguments, or is one."""
-    if not isinstance(filename, str):
-        return False
-    flat = (part for value in values for part in (value if isinstance(value, (list, tuple)) else (value,)))
-    given = {_absolute(str(value).rpartition("=")[2]) for value in flat if isinstance(value, (str, Path)) and value}
-    path = Path(_absolute(filename))
-    return any(str(above) in given for above in (path, *path.parents))
-
-
-def _absolute(path: str) -> str:
-    """Return an absolute path without looking at files; pathlib raises for a home of nobody."""
-    return os.path.abspath(os.path.expanduser(path.removeprefix("file://")))  # noqa: PTH100, PTH111
-
-
 def exit_on_path_error(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command that exits with a message where a path that it was given cannot be used on this machine."""
 
@@ -118,10 +101,5 @@ def exit_on_path_error(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **options)
         except LocalPathError as error:
             exit_error_without_remedy(Console(stderr=True), None, escape_line(str(error)))
-        except OSError as error:
-            if not _is_given(error.filename, (*args, *options.values())):
-                raise  # a bug, or not of a path: a bug report needs its traceback
-            message = f"{error.filename!r} cannot be used: {error.strerror}; correct the path, or its permissions"
-            exit_error_without_remedy(Console(stderr=True), None, escape_line(message))
 
     return run

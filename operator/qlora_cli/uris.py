@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
@@ -47,6 +48,17 @@ def to_absolute_path(text: str, field: str, base: Path | None = None) -> Path:
     else:
         return path
     raise LocalPathError(f"{field}: {text[:_SHOWN_CHARACTERS]!r} {cause}")
+
+
+@contextlib.contextmanager
+def using_path(path: str | Path, field: str) -> Iterator[None]:
+    """Turn an error of the operating system about a path that a person gave into LocalPathError."""
+    try:
+        yield
+    except OSError as error:
+        shown = str(path)[:_SHOWN_CHARACTERS]
+        cause = f"cannot be used: {error.strerror or error}; correct the path, or its permissions"
+        raise LocalPathError(f"{field}: {shown!r} {cause}") from error
 
 
 def _expand_home(text: str) -> str:

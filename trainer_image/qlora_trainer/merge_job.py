@@ -27,7 +27,7 @@ from qlora_trainer.data.rows import Example
 from qlora_trainer.data.shards import EVALUATION, read_token_rows
 from qlora_trainer.data.tokenization import TokenRow, encode_examples
 from qlora_trainer.errors import RunError
-from qlora_trainer.inference.compatibility import check_compatible
+from qlora_trainer.inference.compatibility import check_adapter_weights, check_compatible
 from qlora_trainer.inference.published_adapter import (
     PublishedAdapter,
     fetch_base,
@@ -91,6 +91,7 @@ def merge_published(request: MergeRequest, resolver: SourceResolver, work: Path,
     target = Path(request.target)
     check_target(target)
     published = open_adapter(resolver, request.adapter, ADAPTER_FIELD, work)
+    check_adapter_weights(published.folder)
     record = published.record
     check_init(record, request.base)
     note(f"{record.job}: an adapter for {record.base} at {record.commit}{published.caveat}")
@@ -109,8 +110,14 @@ def merge_published(request: MergeRequest, resolver: SourceResolver, work: Path,
 
 
 def check_target(target: Path) -> None:
-    """Raise RunError if the target exists and is not an empty folder."""
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    """Raise RunError if the target exists and is not an empty folder; a link cannot be replaced by the new one."""
+    try:
+        is_empty = target.is_dir() and not any(target.iterdir())
+        is_free = not target.is_symlink() and (is_empty or not target.exists())
+    except OSError as error:
+        message = f"{TARGET_FIELD}: {target} cannot be used: {error.strerror}; choose another folder"
+        raise RunError(Reason.OUTPUT_EXISTS, message) from error
+    if not is_free:
         raise RunError(Reason.OUTPUT_EXISTS, f"{TARGET_FIELD}: {target} is not an empty folder; choose another one")
 
 

@@ -1,5 +1,6 @@
 """The log format of operator and trainer: one JSON object per line, or text for a terminal (docs/logs.md)."""
 
+import contextlib
 import json
 import logging
 import os
@@ -12,7 +13,10 @@ from typing import Any, Final, TextIO
 
 from qlora_api.escapes import escape_json, escape_line, escape_text
 from qlora_api.logs.redaction import REDACTOR
+from qlora_api.units import MIB
 
+_MAX_LINE: Final = MIB
+"""Characters of a line that is parsed; a foreign one of empty lists takes 24 times its length."""
 FORMAT_ENV: Final = "QLORA_LOG_FORMAT"
 """Environment variable with a Format, of the operator and of the trainer."""
 
@@ -60,12 +64,19 @@ def record_to_dict(record: logging.LogRecord) -> dict[str, Any]:
     return {name: REDACTOR.redact_value(value, name) for name, value in entry.items()}
 
 
+def parse_entry(line: str) -> Mapping[str, Any] | None:
+    """Return the fields of a JSON line; None for any other line, and for one that is longer than any of ours."""
+    if len(line) > _MAX_LINE:
+        return None
+    with contextlib.suppress(ValueError, RecursionError):
+        entry = json.loads(line)
+        return entry if isinstance(entry, dict) else None
+    return None
+
+
 def time_of(line: str) -> str:
     """Return the time of a JSON line, or an empty string for any other line; times in UTC sort as text."""
-    try:
-        return str(json.loads(line)["time"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return ""
+    return str((parse_entry(line) or {}).get("time", ""))
 
 
 def to_text(entry: Mapping[str, Any]) -> str:

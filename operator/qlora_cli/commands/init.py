@@ -26,7 +26,7 @@ from qlora_cli.manifests.local_paths import local_fields, resolve_local_paths, t
 from qlora_cli.manifests.model_config import NoConfigError, load_config
 from qlora_cli.manifests.validation_messages import field_at
 from qlora_cli.manifests.yaml_documents import STDIN, YamlError, parse_documents
-from qlora_cli.uris import to_absolute_path, to_display_path
+from qlora_cli.uris import to_absolute_path, to_display_path, using_path
 from qlora_planner.validation import COMMON_RULES
 
 SHOWN_FIELDS: Final = (
@@ -91,7 +91,7 @@ def init(  # noqa: PLR0913, PLR0917 (an option each)
     if file == STDIN:
         echo(text, nl=False)
         return
-    if Path(file).exists() and not force:
+    if os.path.lexists(file) and not force:  # also a link to nothing, through which somebody else's file would be made
         exit_error_without_remedy(console, None, f"{file} already exists; choose another name, or use --force")
     try:
         Path(file).write_text(text, encoding="utf-8")
@@ -144,7 +144,9 @@ def choose_fields(options: InitOptions, folder: Path) -> tuple[dict[str, Any], d
         if is_local:
             notes["resources.gpusPerNode"] = f"This machine has {found} GPUs that nvidia-smi lists."
     rows = Path(to_display_path(to_local_uri(("spec", "dataset", "uri"), data, folder)))
-    if is_local and not rows.is_dir():
+    with using_path(rows, "--data"):
+        is_file = is_local and not rows.is_dir()
+    if is_file:
         preview = preview_data(rows)
         notes["dataset.uri"] = f"{preview}."
         chosen |= _choose_for(preview)

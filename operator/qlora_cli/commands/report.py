@@ -3,7 +3,7 @@
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final
@@ -11,8 +11,8 @@ from typing import Annotated, Final
 import typer
 
 from qlora_api.escapes import escape_line
-from qlora_api.foreign_files import FileTooLargeError, read_file
 from qlora_api.names import output_root
+from qlora_api.object_names import ObjectName
 from qlora_api.result import is_below
 from qlora_api.units import GIB
 from qlora_api.untrusted_json import InvalidJsonError, parse_object
@@ -25,12 +25,12 @@ from qlora_cli.display.formats import print_data
 from qlora_cli.display.result import comparison_table
 from qlora_cli.errors import exit_error_without_remedy
 from qlora_cli.local.output_store import MAX_REPORT_BYTES, OutputError, open_output_store
-from qlora_cli.local.published_results import check_listed, find_result, is_result
+from qlora_cli.local.published_results import check_listed, check_listed_file, find_result, is_result
 from qlora_cli.options import OutputFormat, OutputOption, S3Endpoint
-from qlora_cli.uris import to_display_path
+from qlora_cli.uris import to_display_path, using_path
 
-MAX_FILE_BYTES: Final = GIB
-"""Longest file of a report that is checked: evaluation.jsonl has the texts of all held-out rows."""
+MAX_BYTES: Final = 2 * GIB
+"""Files of a report together: evaluation.jsonl has the texts of all held-out rows."""
 REPORT_PAGE = "report.html"
 REPORT_JSON = "report.json"
 
@@ -58,15 +58,23 @@ def report(  # noqa: PLR0913, PLR0917 (an option each)
                 return
             if found.folder.startswith("file://") and to is None:
                 page = _find_page(Path(to_display_path(found.folder)))
-                check_listed(found.digests, f"report/{REPORT_PAGE}", read_file(page, MAX_FILE_BYTES))
+                check_listed_file(found.digests, f"report/{REPORT_PAGE}", page)
             else:
-                target = to or Path(f"{found.name}-report")
+                target = to or _default_folder(found.name)
                 page = download_report(found.folder, target, s3_endpoint, found.digests) / REPORT_PAGE
-        except (OutputError, FileTooLargeError) as error:
+        except OutputError as error:
             exit_error_without_remedy(console, None, escape_line(str(error)))
     show_report(found.evaluation, page)
     if sys.stdout.isatty() if show is None else show:
         typer.launch(page.absolute().as_uri())
+
+
+def _default_folder(name: str) -> Path:
+    """Return the folder for a report in the working folder, which may be somebody else's: a link is refused."""
+    folder = Path(f"{name}-report")
+    if folder.is_symlink():
+        raise OutputError(f"{folder} is a link; remove it, or name a folder with --to")
+    return folder
 
 
 def _find_page(folder: Path) -> Path:
@@ -135,16 +143,30 @@ def download_report(folder: str, target: Path, endpoint: str | None, digests: Ma
     """Download the files of the report, and return their folder; with digests those only, and only if all match."""
     with open_output_store(folder, endpoint) as files, tempfile.TemporaryDirectory() as temporary:
         downloads = Path(temporary)
-        for entry in files.list():
-            if not digests or f"report/{entry.path}" in digests:
-                file = entry.path.below(downloads)
-                files.download(entry.path, file)
-                if digests:
-                    check_listed(digests, f"report/{entry.path}", read_file(file, MAX_FILE_BYTES))
+        entries = [entry for entry in files.list() if not digests or f"report/{entry.path}" in digests]
+        if sum(entry.size for entry in entries) > MAX_BYTES:
+            raise OutputError(f"{folder} has more than {MAX_BYTES:,} bytes, which no report has; look at it there")
+        for entry in entries:
+            file = entry.path.below(downloads)
+            files.download(entry.path, file)
+            if digests:
+                check_listed_file(digests, f"report/{entry.path}", file)
         if not (downloads / REPORT_PAGE).is_file():
             raise OutputError(f"{folder} has no {REPORT_PAGE}; was it deleted?")
-        shutil.copytree(downloads, target, dirs_exist_ok=True)
+        _check_no_links(target, [entry.path for entry in entries])
+        with using_path(target, "--to"):
+            shutil.copytree(downloads, target, dirs_exist_ok=True)
     return target
+
+
+def _check_no_links(target: Path, names: Iterable[ObjectName]) -> None:
+    """Raise OutputError if a file would be written through a link that is in the folder: somebody else may own that."""
+    for name in names:
+        for path in (name.below(target), *name.below(target).parents):
+            if path == target:
+                break
+            if path.is_symlink():
+                raise OutputError(f"--to: {path} is a link; remove it, or choose another folder")
 
 
 def show_report(evaluation: EvaluationStatus | None, page: Path) -> None:

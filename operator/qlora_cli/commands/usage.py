@@ -38,6 +38,8 @@ from qlora_cli.manifests.yaml_documents import YamlError, parse_documents, read_
 from qlora_cli.options import OutputFormat
 
 SECONDS_PER_HOUR: Final = 3600
+_FORMULA: Final = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What a formula begins with, also in full width; tabs and line breaks, which spreadsheets skip, are escaped."""
 
 
 class UsageFormat(StrEnum):
@@ -265,7 +267,7 @@ def to_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        [*(key.removeprefix(LABEL) for key in keys), "runs", "gpu_hours", *PARTS, "lost", "cost", "currency"]
+        [*(_as_text(key.removeprefix(LABEL)) for key in keys), "runs", "gpu_hours", *PARTS, "lost", "cost", "currency"]
     )
     for row in rows:
         figures = [f"{seconds / SECONDS_PER_HOUR:.4f}" for seconds in _csv_seconds(row.time)]
@@ -273,9 +275,14 @@ def to_csv(rows: Sequence[Row], keys: Sequence[str]) -> str:
             " + ".join(f"{value:.2f}" for _, value in sorted(row.time.costs.items())),
             sorted(row.time.costs),
         )
-        names = [escape_line(value) for value in row.keys]
+        names = [_as_text(escape_line(value)) for value in row.keys]
         writer.writerow([*names, len(row.time.runs), *figures, costs, " + ".join(currencies)])
     return text.getvalue()
+
+
+def _as_text(cell: str) -> str:
+    """Return a cell that a spreadsheet takes for text: it runs a formula, which a label or a name may be (OWASP)."""
+    return f"'{cell}" if cell.startswith(_FORMULA) else cell
 
 
 def _csv_seconds(time: GpuTime) -> Iterator[float]:

@@ -34,6 +34,10 @@ class StoredFile(Protocol):
     def path(self) -> ObjectName:
         """Return its path, relative to the prefix."""
 
+    @property
+    def size(self) -> int:
+        """Return its bytes."""
+
 
 class OutputStore(Protocol):
     """A prefix of an output; every path is relative to it."""

@@ -3,16 +3,18 @@
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
 from pydantic import BaseModel
 
+from qlora_api.foreign_files import open_regular
 from qlora_api.names import MAX_JOB_NAME
 from qlora_api.report import MAX_MANIFEST_BYTES, ManifestFile, ResultManifest, RunReport
 from qlora_api.tolerant_reader import ignore_unknown
+from qlora_api.units import MIB
 from qlora_cli.local.output_store import MAX_REPORT_BYTES, OutputError, OutputStore, open_output_store
 from qlora_cli.manifests.local_paths import is_folder_or_uri
 from qlora_cli.uris import to_display_path, to_uri
@@ -81,13 +83,12 @@ def find_result(text: str, endpoint: str | None, note: Callable[[str], None]) ->
             raise OutputError(
                 f"{text} has no published result, which has a {MANIFEST}; give the output of a run that was published"
             )
-        manifests = {folder: _read_manifest(files, f"{folder}{MANIFEST}") for folder in folders}
-        newest = max(folders, key=lambda folder: manifests[folder].created_at)
+        newest, manifest = _newest(files, sorted(folders), note)
         if len(folders) > 1:
             note(f"{text} has {len(folders)} results; this is the newest, {newest.rstrip('/')}")
-        start = _folder_of_files(manifests[newest].files)
+        start = _folder_of_files(manifest.files)
         folder = f"{newest}{start}"
-        digests = {file.path.removeprefix(start): file.sha256 for file in manifests[newest].files}
+        digests = {file.path.removeprefix(start): file.sha256 for file in manifest.files}
         content = files.read(f"{folder}{REPORT}", MAX_REPORT_BYTES)
     check_listed(digests, REPORT, content)
     report = _parse(RunReport, content, f"{folder}{REPORT}")
@@ -96,6 +97,25 @@ def find_result(text: str, endpoint: str | None, note: Callable[[str], None]) ->
         raise OutputError(f"{folder}{REPORT} names the run {shown!r}, and no QLoRAJob has such a name; check it")
     merged = _merged_in(f"{uri}/{newest}".rstrip("/"), newest, paths)
     return PublishedResult(f"{uri}/{folder}".rstrip("/"), report, merged, digests)
+
+
+def _newest(files: OutputStore, folders: Sequence[str], note: Callable[[str], None]) -> tuple[str, ResultManifest]:
+    """Return the newest of several results, keeping one manifest at a time; what is no manifest hides no other."""
+    found: tuple[str, ResultManifest] | None = None
+    problem: OutputError | None = None
+    for folder in folders:
+        try:
+            manifest = _read_manifest(files, f"{folder}{MANIFEST}")
+        except OutputError as error:
+            problem = error
+            if len(folders) > 1:
+                note(str(error))
+        else:
+            if found is None or manifest.created_at > found[1].created_at:
+                found = folder, manifest
+    if found is None:
+        raise problem or OutputError("there is no result")
+    return found
 
 
 def check_listed(digests: Mapping[str, str], path: str, content: bytes) -> None:
@@ -110,8 +130,21 @@ def check_listed(digests: Mapping[str, str], path: str, content: bytes) -> None:
         OutputError: The manifest does not list the file, or with another SHA-256.
 
     """
+    _check_digest(digests, path, hashlib.sha256(content).hexdigest())
+
+
+def check_listed_file(digests: Mapping[str, str], path: str, file: Path) -> None:
+    """Check a downloaded file as `check_listed` does its content, without reading it into memory."""
+    digest = hashlib.sha256()
+    with open_regular(file) as stream:
+        while chunk := stream.read(MIB):
+            digest.update(chunk)
+    _check_digest(digests, path, digest.hexdigest())
+
+
+def _check_digest(digests: Mapping[str, str], path: str, digest: str) -> None:
     expected = digests.get(path)
-    if hashlib.sha256(content).hexdigest() != expected:
+    if digest != expected:
         problem = "is not listed in" if expected is None else "does not have the SHA-256 of"
         raise OutputError(
             f"{path} {problem} the result's {MANIFEST}: somebody changed it after it was published; copy the result "

@@ -15,6 +15,7 @@ import yaml
 from qlora_api.escapes import escape_line
 from qlora_api.foreign_files import read_named
 from qlora_api.units import MIB
+from qlora_api.untrusted_json import MAX_NESTING
 from qlora_cli.manifests.yaml_hints import explain_yaml_error
 
 Location = tuple[str | int, ...]
@@ -241,25 +242,48 @@ def parse_documents(text: str, file: str) -> list[Document]:
         raise YamlError(f"{file}: {explain_yaml_error(text, None, problem)[1]}") from error
 
 
+@dataclass
+class _Budget:
+    """What the documents of a file may have together, with what their aliases repeat: a kilobyte may be gigabytes."""
+
+    fields: int = MAX_NODES
+    characters: int = 2 * MAX_FILE_BYTES
+    """Of keys and values: a text that is repeated takes no memory here, and all of it once it is written as JSON."""
+
+    def take(self, *nodes: yaml.Node) -> None:
+        """Take a field from the budget, or raise MarkedYAMLError."""
+        self.fields -= 1
+        self.characters -= sum(len(node.value) for node in nodes if isinstance(node, yaml.ScalarNode))
+        if self.fields < 0:
+            raise _too_large(f"{MAX_NODES:,} fields", nodes[0])
+        if self.characters < 0:
+            raise _too_large(f"{2 * MAX_FILE_BYTES // MIB} MiB of text", nodes[0])
+
+
+def _too_large(what: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    problem = f"has more than {what}, with what aliases repeat; split it"
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+
+
 def _documents(loader: _Loader, file: str) -> Iterator[Document]:
+    budget = _Budget()
     while loader.check_node():
         node: Any = loader.get_node()
         duplicates: list[Duplicate] = []
-        positions = dict(islice(_positions(node, (), file, duplicates), MAX_FIELDS + 1))
+        positions = dict(islice(_positions(node, (), file, duplicates, budget), MAX_FIELDS + 1))
         if len(positions) > MAX_FIELDS:
-            raise yaml.MarkedYAMLError(
-                problem=f"has more than {MAX_FIELDS:,} fields, with those that aliases repeat; split it",
-                problem_mark=node.start_mark,
-            )
+            raise _too_large(f"{MAX_FIELDS:,} fields", node)
         yield Document(file, loader.construct_document(node), positions, tuple(duplicates))
 
 
 def _positions(
-    node: yaml.Node, location: Location, file: str, duplicates: list[Duplicate]
+    node: yaml.Node, location: Location, file: str, duplicates: list[Duplicate], budget: _Budget
 ) -> Iterator[tuple[Location, str]]:
     """Yield the position of each field below a node, and collect keys that a mapping has twice."""
     if not location:
         yield location, _position(file, node.start_mark)
+    if len(location) > MAX_NESTING:  # each position has a key for every level
+        raise RecursionError
     children: list[tuple[str | int, yaml.Node, yaml.Node]] = []
     if isinstance(node, yaml.MappingNode):
         children = [(_key_of(key), key, value) for key, value in node.value]
@@ -267,12 +291,13 @@ def _positions(
         children = [(position, value, value) for position, value in enumerate(node.value)]
     seen: dict[str | int, str] = {}
     for name, start, child in children:
+        budget.take(start, child)
         position = _position(file, start.start_mark)
         if name in seen:
             duplicates.append(Duplicate((*location, name), position, seen[name]))
         seen.setdefault(name, position)
         yield (*location, name), position
-        yield from _positions(child, (*location, name), file, duplicates)
+        yield from _positions(child, (*location, name), file, duplicates, budget)
 
 
 def _key_of(node: yaml.Node) -> str:

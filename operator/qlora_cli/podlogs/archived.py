@@ -1,9 +1,11 @@
 """Logs of runs whose pods are gone: from the output, with termination messages and stack dumps of hung processes."""
 
 import heapq
+import mmap
 import re
+import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -75,21 +77,45 @@ def latest_started_attempt(job: ClusterJob) -> int:
     return max(started_attempts(job), default=PREPARE_ATTEMPT)
 
 
-def read_archived_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | None) -> list[Iterator[ArchivedLine]]:
-    """Return the missing logs that the output has, the lines of each process."""
-    found, total = [], 0
+def read_archived_logs(
+    job: ClusterJob, missing: MissingLogs, endpoint: str | None, note: Callable[[str], None] = _ignore
+) -> list[Iterator[ArchivedLine]]:
+    """Return the missing logs that the output has, the lines of each process.
+
+    Args:
+        job: The run.
+        missing: The logs to read.
+        endpoint: URL of an S3-compatible server; None: AWS.
+        note: Called with a message about each log that is too large to be one of the trainer: it hides no other.
+
+    """
+    found, left = [], MAX_LOGS_BYTES
     with open_output_store(log_prefix(job), endpoint) as output:
         for entry in output.list("", _ignore):
             file = LogFile.parse(entry.path)
-            if file is not None and file in missing:
-                raw = output.read(entry.path, MAX_LOG_BYTES)
-                total += len(raw)
-                if total > MAX_LOGS_BYTES:
-                    raise OutputError(
-                        f"the logs in {log_prefix(job)}/ have more than {MAX_LOGS_BYTES:,} bytes; download them"
-                    )
-                found.append(parse_log(file, raw))
+            if file is None or file not in missing:
+                continue
+            if entry.size > min(MAX_LOG_BYTES, left):
+                uri, limit = (
+                    f"{log_prefix(job)}/{entry.path}",
+                    MAX_LOG_BYTES if left > MAX_LOG_BYTES else MAX_LOGS_BYTES,
+                )
+                whole = "" if limit == MAX_LOG_BYTES else " with the logs before it"
+                note(f"{uri} is left out: it has more than {limit:,} bytes{whole}; download it")
+                continue
+            left -= entry.size
+            found.append(parse_log(file, _map(output.read(entry.path, MAX_LOG_BYTES))))
     return found
+
+
+def _map(raw: bytes) -> bytes | mmap.mmap:
+    """Return the content of a log, in a file without a name: those of an attempt would fill the memory."""
+    if not raw:
+        return raw
+    with tempfile.TemporaryFile() as file:
+        file.write(raw)
+        file.flush()
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def merge_lines(logs: Iterable[Iterator[ArchivedLine]], tail: int | None) -> Iterator[ArchivedLine]:
@@ -97,7 +123,7 @@ def merge_lines(logs: Iterable[Iterator[ArchivedLine]], tail: int | None) -> Ite
     return heapq.merge(*(lines if tail is None else deque(lines, maxlen=tail) for lines in logs))
 
 
-def parse_log(file: LogFile, raw: bytes) -> Iterator[ArchivedLine]:
+def parse_log(file: LogFile, raw: bytes | mmap.mmap) -> Iterator[ArchivedLine]:
     """Yield the lines of a log; a line without a time gets that of the line before it."""
     pod = TrainerPod(file.attempt, file.node, file.name, started=True)
     time = ""
@@ -139,7 +165,7 @@ def show_archived_logs(
 
     """
     try:
-        logs = find_logs(job, missing, query.s3_endpoint)
+        logs = find_logs(job, missing, query.s3_endpoint, lambda text: print_line(console, text))
     except NoLogsError as error:
         show_termination_messages(job, query, console, Console())
         raise ClusterError(str(error)) from error
@@ -150,7 +176,9 @@ def show_archived_logs(
     show_termination_messages(job, query, console, console)
 
 
-def find_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | None) -> list[Iterator[ArchivedLine]]:
+def find_logs(
+    job: ClusterJob, missing: MissingLogs, endpoint: str | None, note: Callable[[str], None] = _ignore
+) -> list[Iterator[ArchivedLine]]:
     """Return the missing logs that the output has, the lines of each process.
 
     Raises:
@@ -163,10 +191,15 @@ def find_logs(job: ClusterJob, missing: MissingLogs, endpoint: str | None) -> li
         f"no log of {missing.label} of {job.ref.name}: its pods are gone (deleted, removed after spec.ttl, or lost "
         "with their node), and"
     )
+    left_out: list[str] = []
     try:
-        logs = read_archived_logs(job, missing, endpoint)
+        logs = read_archived_logs(job, missing, endpoint, left_out.append)
     except OutputError as error:
         raise NoLogsError(f"{gone} {error}") from error
+    if not logs and left_out:
+        raise NoLogsError(f"{gone} {left_out[0]}")
+    for text in left_out:
+        note(text)
     if not logs:
         raise NoLogsError(
             f"{gone} {log_prefix(job)}/ has no archived log: it was deleted, or the process exited before its first "

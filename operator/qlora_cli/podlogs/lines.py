@@ -1,13 +1,12 @@
 """Streams and prints log lines of pods; the trainer writes JSON (docs/logs.md), launchers write plain text."""
 
-import json
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Final, NamedTuple
 
 from qlora_api.escapes import escape_json, escape_line
-from qlora_api.logs.formatters import to_text
+from qlora_api.logs.formatters import parse_entry, to_text
 from qlora_cli.cluster.client import ClusterClient, ClusterError
 from qlora_cli.cluster.pods import TrainerPod
 from qlora_cli.console import Console, echo, print_text
@@ -72,11 +71,8 @@ class LogLine(NamedTuple):
 
 def parse_line(line: str) -> LogLine:
     """Format a JSON line as text; any other line is returned unchanged."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError):
-        return LogLine(None, line)
-    if not isinstance(entry, dict) or "message" not in entry:
+    entry = parse_entry(line)
+    if entry is None or "message" not in entry:
         return LogLine(None, line)
     rank = entry.get("rank")
     text = to_text({name: value for name, value in entry.items() if name not in _PREFIX_FIELDS})

@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from qlora_api.units import MIB
+from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_api.v1alpha1 import DataSource
+from qlora_cli.local.output_store import MAX_REPORT_BYTES
 from qlora_trainer.data import compressed_files, file_readers, row_formats, rows, sources
 from qlora_trainer.data.sources import make_source
 from qlora_trainer.errors import RunError
@@ -225,6 +227,55 @@ def test_bomb_in_a_dataset_ends_in_its_reason_with_bounded_memory(tmp_path, bomb
     assert message in found.message
     assert len(found.message) < 1000
     assert found.peak < MAX_PEAK_BYTES
+
+
+EMPTY_VALUES: dict[str, tuple[str, tuple[bytes, bytes, bytes], str]] = {
+    "jsonl-lists": ("x.jsonl", (b'{"text":[', b"[],", b"[]]}"), "row 1: has more than 3,000,000 values; write fewer"),
+    "jsonl-objects": ("x.jsonl", (b'{"text":[', b"{},", b"{}]}"), "row 1: has more than 3,000,000 values; write fewer"),
+    "json-lists": ("x.json", (b'[{"text":[', b"[],", b"[]]}]"), "row 1 has more than 3,000,000 values; write fewer"),
+    "jsonl-lists-in-text": (
+        "x.jsonl",
+        (b'{"messages":[],"tools":"[', b"[],", b'[]]"}'),
+        "row 1: has more than 3,000,000 values; write fewer",
+    ),
+    "csv-tools": ("x.csv", (b'messages,tools\n[],"[', b"[],", b'[]]"'), "row 2: has more than 3,000,000 cells"),
+    "csv-header": ("x.csv", (b"a", b",", b"\n"), "row 1: has more than 3,000,000 cells"),
+    "csv-record": ("x.csv", (b"text\n", b",", b"\n"), "row 2: has more than 3,000,000 cells"),
+    "tsv-record": ("x.tsv", (b"text\n", b"\t", b"\n"), "row 2: has more than 3,000,000 cells"),
+}
+LARGEST_ROW = 60 * MIB
+
+
+def read_largest_row(path: Path) -> str:
+    """Read with the limits of a preparation."""
+    for _ in make_source(DATASET_FIELD, (path,), DataSource(uri="s3://data/rows"), None).rows():
+        pass
+    return ""
+
+
+@pytest.mark.parametrize("bomb", EMPTY_VALUES)
+def test_row_of_empty_values_ends_in_its_reason_with_bounded_memory(tmp_path, bomb):
+    name, (start, item, end), message = EMPTY_VALUES[bomb]
+    (tmp_path / name).write_bytes(start + item * (LARGEST_ROW // len(item)) + end)
+    found = run_in_child(read_largest_row, tmp_path / name)
+    assert found.reason == "DatasetInvalid"
+    assert message in found.message
+    assert found.grown < 320 * MIB
+
+
+@pytest.mark.parametrize("item", [b"[],", b"{},", b'"",'], ids=["lists", "objects", "texts"])
+def test_report_of_the_largest_size_takes_bounded_memory(item):
+    found = run_in_child(parse_largest_report, item)
+    assert found.message == "has more than 3,000,000 values"
+    assert found.grown < 320 * MIB
+
+
+def parse_largest_report(item: bytes) -> str:
+    try:
+        parse_object(b'{"x":[' + item * (LARGEST_ROW // len(item)) + b"0]}", MAX_REPORT_BYTES)
+    except InvalidJsonError as error:
+        return str(error)
+    return "parsed"
 
 
 def test_rows_of_a_source_are_bounded(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from qlora_api.v1alpha1 import ModelSpec
 from qlora_cli.__main__ import app
 from qlora_cli.local.data_preview import PreviewError, preview_data
 from qlora_cli.manifests.model_config import NoConfigError, load_config
-from qlora_cli.uris import to_display_path, to_uri
+from qlora_cli.uris import LocalPathError, to_display_path, to_uri, using_path
 from qlora_trainer.data.rows import RowError, size_of
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.model_files import check_model_files
@@ -194,3 +194,40 @@ def test_odd_prices_are_refused(folder: Path, text: str) -> None:
     assert isinstance(ended.exception, SystemExit), ended.exception
     assert ended.exit_code == 2
     assert "prices.yaml" in ended.output
+
+
+def test_link_to_nothing_is_no_new_manifest(folder: Path) -> None:
+    """The working folder may be somebody else's, and the link lead to a file that a shell runs."""
+    (folder / "job.yaml").symlink_to(folder / "elsewhere")
+    ended = CliRunner().invoke(app, ["init", "job.yaml", "--model", "hf://a/b", "--data", "s3://bucket/x.jsonl"])
+    assert (ended.exit_code, (folder / "elsewhere").exists()) == (1, False)
+    assert "job.yaml already exists; choose another name, or use --force" in ended.output
+
+
+def test_bare_word_that_no_file_can_be_named_is_refused() -> None:
+    word = "a" * 5000
+    ended = CliRunner().invoke(app, ["init", "job.yaml", "--model", "hf://a/b", "--data", word])
+    assert isinstance(ended.exception, SystemExit), ended.exception
+    assert (ended.exit_code, "--data: " in ended.output, "too long" in ended.output) == (1, True, True)
+
+
+def test_error_of_the_operating_system_that_is_about_no_given_path_keeps_its_traceback(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is about a path is said where it is used, and not guessed from the arguments."""
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device", str(folder / "job.yaml"))
+
+    monkeypatch.setattr("qlora_cli.commands.init.choose_fields", fail)
+    ended = CliRunner().invoke(app, ["init", "job.yaml", "--model", "hf://a/b", "--data", "s3://bucket/x.jsonl"])
+    assert isinstance(ended.exception, OSError)
+
+
+def test_folder_of_a_report_that_cannot_be_written_is_refused(folder: Path) -> None:
+    (folder / "file").write_text("")
+    refused = pytest.raises(
+        LocalPathError, match=r"--to: '.*file/report' cannot be used: Not a directory; correct the path"
+    )
+    with refused, using_path(folder / "file/report", "--to"):
+        (folder / "file/report").mkdir()

@@ -16,7 +16,7 @@ from typing import IO, Any, Final, NamedTuple, TextIO, cast
 
 from qlora_api.foreign_files import read_start
 from qlora_api.units import GIB, MIB
-from qlora_api.untrusted_json import MAX_NESTING, is_nested_deeper
+from qlora_api.untrusted_json import MAX_NESTING, MAX_VALUES, TooManyValuesError, check_values, is_nested_deeper
 from qlora_trainer.data.compressed_files import COMPRESSED_SUFFIXES, FileError, check_content, open_bytes
 from qlora_trainer.data.rows import MAX_ROW_BYTES, RowError, kind_of
 from qlora_trainer.runtime.resource_limits import memory_limit
@@ -111,6 +111,7 @@ def _lines(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 def parse_line(content: bytes) -> Mapping[str, Any]:
     """Parse a line as a JSON object, which a comma may follow as in an array, or raise RowError."""
     try:
+        check_values(content)
         value = json.loads(content.removesuffix(b",").decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
@@ -118,6 +119,8 @@ def parse_line(content: bytes) -> Mapping[str, Any]:
         raise RowError(f"broken JSON at column {error.colno}: {error.msg}") from error
     except RecursionError as error:
         raise RowError(_TOO_DEEP) from error
+    except TooManyValuesError as error:
+        raise RowError(f"{error}; write fewer") from error
     except ValueError as error:
         raise RowError(_TOO_MANY_DIGITS) from error
     return _as_object(value)
@@ -169,6 +172,7 @@ class _Window:
                 value, self.position = _DECODER.raw_decode(self.text, self.position)
             except json.JSONDecodeError:
                 # The value may continue beyond the window, so the error counts only at the end of the file.
+                check_values(self.text, self.position)
                 if len(self.text) - self.position > MAX_ROW_BYTES or not self._grow():
                     raise
             else:
@@ -227,6 +231,8 @@ def _element(window: _Window, number: int) -> Any:
         raise FileError(f"row {number}: broken JSON: {error.msg}; the rows after it are not read") from error
     except RecursionError as error:
         raise FileError(f"row {number}: {_TOO_DEEP}") from error
+    except TooManyValuesError as error:
+        raise FileError(f"row {number} {error}; write fewer") from error
     except ValueError as error:
         raise FileError(f"row {number}: {_TOO_MANY_DIGITS}") from error
 
@@ -234,7 +240,7 @@ def _element(window: _Window, number: int) -> Any:
 def _read_csv(path: Path, delimiter: str) -> Iterator[FileRow]:
     csv.field_size_limit(MAX_ROW_BYTES)
     with _open_text(path) as stream:
-        lines = _RecordLines(stream)
+        lines = _RecordLines(stream, delimiter)
         records = csv.reader(lines, delimiter=delimiter, strict=True)
         number = 0
         try:
@@ -245,9 +251,9 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[FileRow]:
             # pandas writes its index into a first column without a name.
             _check_header(header[1:] if header[:1] == [""] else header)
             number = 1
-            lines.size = 0
+            lines.start_record()
             for number, cells in enumerate(records, start=2):
-                lines.size = 0
+                lines.start_record()
                 if cells:
                     yield FileRow(number, _to_fields(header, cells))
         except csv.Error as error:
@@ -259,8 +265,15 @@ class _RecordLines:
     """Lines of a CSV file, up to the maximum size of a record: a quote that is never closed takes all that follow."""
 
     stream: TextIO
+    delimiter: str
     size: int = 0
-    """Characters since the start of the record, where the reader sets it to 0."""
+    """Characters since the start of the record."""
+    delimiters: int = 0
+    """Of these; each ends a cell, and even an empty one takes memory."""
+
+    def start_record(self) -> None:
+        """Count from here on."""
+        self.size = self.delimiters = 0
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -270,6 +283,9 @@ class _RecordLines:
         self.size += len(line)
         if self.size > MAX_ROW_BYTES:
             raise csv.Error(f"has more than {MAX_ROW_BYTES // MIB} MiB")
+        self.delimiters += line.count(self.delimiter)
+        if self.delimiters > MAX_VALUES:
+            raise csv.Error(f"has more than {MAX_VALUES:,} cells")
         if not line:
             raise StopIteration
         return line

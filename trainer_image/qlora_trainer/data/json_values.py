@@ -4,16 +4,19 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from qlora_api.untrusted_json import MAX_NESTING, is_nested_deeper
+from qlora_api.untrusted_json import MAX_NESTING, TooManyValuesError, check_values, is_nested_deeper
 from qlora_trainer.data.rows import RowError
 
 
 def parse_json_text(text: str, label: str) -> Any:
     """Parse JSON that a row holds as text, or raise RowError that names the field."""
     try:
+        check_values(text)
         value = json.loads(text)
     except RecursionError as error:
         raise RowError(f"{label} is nested in more than {MAX_NESTING} levels; write a flat object") from error
+    except TooManyValuesError as error:
+        raise RowError(f"{label} {error}; write fewer") from error
     except ValueError as error:
         raise RowError(f"{label} is text, but not JSON ({error}); write JSON, such as json.dumps does") from error
     if is_nested_deeper(value):

@@ -241,6 +241,10 @@ def _located_rows(files: tuple[Path, ...], field_ref: FieldRef) -> Iterator[tupl
                 _check_number(rows)
         except FileError as error:
             raise RunError(Reason.DATASET_INVALID, f"{field_ref.field}: {path.name} {shorten(error)}") from error
+        except PermissionError as error:
+            raise RunError(
+                Reason.DATASET_INVALID, f"{field_ref.field}: {path} cannot be read: {error.strerror}; correct it"
+            ) from error
 
 
 def _check_number(rows: int) -> None:

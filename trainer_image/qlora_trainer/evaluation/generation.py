@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from qlora_trainer.data.chat_template import end_of_turn_token
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.model.base_model import TrainableModel
+from qlora_trainer.model.generation_config import simple_settings
 
 _LENGTH_FACTOR: Final = 1.5
 """Limit of an answer relative to the longest reference; above 1, so that a model that does not stop is noticed."""
@@ -59,7 +60,7 @@ def generate_batch(
         [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=trainable.device
     )
     settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0], **sampling)
-    with trainable.autocast():
+    with trainable.autocast(), simple_settings(trainable.model):
         generated = trainable.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     answers = generated[:, width:].tolist()
     texts = tokenizer.batch_decode([until_stop(answer, stops) for answer in answers], skip_special_tokens=True)

@@ -18,7 +18,7 @@ from qlora_api.v1alpha1 import QuantizationSpec
 from qlora_trainer.data.rows import Message
 from qlora_trainer.errors import RunError
 from qlora_trainer.evaluation.generation import Answer, generate_batch
-from qlora_trainer.inference.compatibility import check_compatible
+from qlora_trainer.inference.compatibility import check_adapter_weights, check_compatible
 from qlora_trainer.inference.prompts import PromptBuilder, make_prompt_builder
 from qlora_trainer.inference.published_adapter import PublishedAdapter, fetch_base, open_adapter
 from qlora_trainer.inference.vllm_limits import read_shapes
@@ -27,12 +27,15 @@ from qlora_trainer.model.attention import attention_facts, choose_attention
 from qlora_trainer.model.base_model import TrainableModel, load_base, load_text_config
 from qlora_trainer.model.hardware import observe_hardware
 from qlora_trainer.model.runtime_settings import compute_dtype
+from qlora_trainer.model.weight_check import reading_model
 from qlora_trainer.observability.progress import LogFn, no_log
 from qlora_trainer.storage.snapshots import SourceResolver
 
 ADAPTER_FIELD: Final = "--adapter"
 BASE_LABEL: Final = "base"
 """The label of the model without any adapter."""
+_NO_PROBABILITIES: Final = "probability tensor contains"
+"""Of torch's error when it samples from outputs that are infinite or not a number."""
 _DIGEST_DIGITS: Final = 8
 """Digits of the digest in a label, to distinguish two results of one job."""
 
@@ -75,7 +78,7 @@ class MultiAdapterModel:
         prompt = handle.prompt_builder.build(messages)
         self._check_length(len(prompt) + generation_config.max_new_tokens)
         torch.manual_seed(generation_config.seed)
-        with self._active_adapter(handle), torch.no_grad():
+        with self._active_adapter(handle), torch.no_grad(), _generating(handle.label):
             tokenizer = handle.prompt_builder.tokenizer
             return generate_batch(
                 self.loaded, [prompt], tokenizer, generation_config.max_new_tokens, sampling_options(generation_config)
@@ -98,6 +101,21 @@ class MultiAdapterModel:
                 f"the question: with the history and --max-tokens it takes {tokens} tokens, but the model supports "
                 f"{max_tokens}; lower --max-tokens, or start a new conversation",
             )
+
+
+@contextlib.contextmanager
+def _generating(label: str) -> Iterator[None]:
+    """Turn what transformers raises for a model that cannot answer, or whose outputs are no numbers, into RunError."""
+    try:
+        with reading_model(label, "it cannot generate an answer"):
+            yield
+    except RuntimeError as error:
+        if _NO_PROBABILITIES not in str(error):
+            raise
+        raise RunError(
+            Reason.MODEL_UNSUPPORTED,
+            f"{label}: its outputs are not finite, so that no answer can be sampled; use another base or adapter",
+        ) from error
 
 
 @dataclass
@@ -138,6 +156,8 @@ def load_multi_adapter_model(
 ) -> MultiAdapterModel:
     """Download adapters and base, check that they fit together, and load them."""
     adapters = [open_adapter(resolver, uri, ADAPTER_FIELD, work) for uri in request.adapters]
+    for published in adapters:
+        check_adapter_weights(published.folder)
     labels = label_adapters(adapters)
     for label, published in labels.items():
         if published.caveat:
@@ -234,9 +254,10 @@ def _load(adapters: Mapping[str, PublishedAdapter], folder: Path, device: Device
     keys = {label: f"adapter_{number:03}" for number, label in enumerate(adapters)}  # peft's names have no dots
     first, *others = adapters
     base = load_base(folder, adapters[first].record.quantization, dtype, attention, device)
-    peft = PeftModel.from_pretrained(base, adapters[first].folder, adapter_name=keys[first])
-    for label in others:
-        _add_adapter(peft, adapters[label].folder, keys[label])
+    with reading_model(ADAPTER_FIELD, "PEFT cannot load the adapter"):
+        peft = PeftModel.from_pretrained(base, adapters[first].folder, adapter_name=keys[first])
+        for label in others:
+            _add_adapter(peft, adapters[label].folder, keys[label])
     prompt_builders = {label: _make_prompt_builder(one) for label, one in adapters.items()}
     handles = tuple(AdapterHandle(label, prompt_builders[label], keys[label]) for label in adapters)
     loaded = TrainableModel(peft.eval(), peft.get_base_model(), base.device, dtype, plain_head=False)

@@ -178,10 +178,10 @@ def fetch_listed(store: Store, folder: str, files: Sequence[ManifestFile], work:
 
 
 def _fetch_unverified(store: Store, work: Path) -> Path:
-    """Download all files but code and return their folder; a local folder is used in place."""
+    """Download all files but code and return their folder; a local folder is used in place, without links out of it."""
+    entries = store.list()
     if isinstance(store, FileStore):
         return store.folder
-    entries = store.list()
     listing = "\n".join(f"{entry.path} {entry.size} {store.fingerprint(entry)}" for entry in entries)
     target = _new_target(listing, work)
     for entry in entries:

@@ -1,14 +1,17 @@
 """Class, parameters and modules of a model, from its configuration; no weights are loaded."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from types import NoneType
 from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_api.foreign_files import read_object
 from qlora_api.model_config import MAX_CONFIG_BYTES, MAX_PARAMETERS, MAX_TOKENIZER_CONFIG_BYTES
@@ -16,15 +19,20 @@ from qlora_api.reasons import Reason
 from qlora_api.units import GIB
 from qlora_api.untrusted_json import InvalidJsonError
 from qlora_trainer.errors import RunError
-from qlora_trainer.model.model_files import check_model_files
+from qlora_trainer.model.model_files import check_model_files, check_no_special
 from qlora_trainer.model.quantization import QuantizableWeights, count_quantizable
 from qlora_trainer.runtime.resource_limits import cpu_time_limit, memory_limit
+from qlora_trainer.storage.snapshots import MAX_TEXT_FILE_BYTES, text_files
 
 _BUILD_BYTES: Final = GIB
 """Memory of a model without weights: its modules take kilobytes each, whatever their size."""
 _BUILD_SECONDS: Final = 60.0
 """CPU time to build it: seconds for the largest ones; a config.json may ask for a billion layers."""
 
+_MAX_EXPANSION: Final = 10_000
+"""Characters that a tokenizer may make of one: published ones replace one by three at most, in a few steps, and add two
+or three tokens to a text."""
+_TEMPLATE_NAME: Final = re.compile(r"\w[\w.-]*")
 _POSITION_TABLE: Final = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?|pos_encoding)(\.weight)?$")
 """Names of tables of positions in transformers."""
 _INDEXER: Final = re.compile(r"(^|\.)(indexer|lightning_indexer)\.")
@@ -60,8 +68,8 @@ def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
     content = read_config(folder, field)
     try:
         with memory_limit(_BUILD_BYTES), cpu_time_limit(_BUILD_SECONDS):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             check_model_files(folder, field)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except RunError:
@@ -82,7 +90,7 @@ def build_empty(folder: Path, field: str = "spec.model.uri") -> Any:
 def read_config(folder: Path, field: str = "spec.model.uri") -> Mapping[str, Any]:
     """Return the content of config.json, or raise ModelUnsupported if it is no JSON object of a reasonable size."""
     try:
-        return read_object(folder / "config.json", MAX_CONFIG_BYTES)
+        content = read_object(folder / "config.json", MAX_CONFIG_BYTES)
     except FileNotFoundError as error:
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
@@ -92,6 +100,21 @@ def read_config(folder: Path, field: str = "spec.model.uri") -> Mapping[str, Any
         raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: config.json: {error.strerror}; correct it") from error
     except InvalidJsonError as error:
         raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: config.json {error}; correct it") from error
+    if problem := _problem_of(content):
+        raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: config.json has {problem}; remove it")
+    return content
+
+
+def _problem_of(content: Mapping[str, Any]) -> str:
+    """Return which field transformers would stumble over long after it read the file; empty if there is none."""
+    for name, value in content.items():
+        if callable(getattr(PreTrainedConfig, name, None)):  # each field becomes an attribute, and hides the method
+            return f"the field {name}, which is none of a configuration"
+        if name == "quantization_config" and not isinstance(value, (Mapping, NoneType)):
+            return f"a {name} that is no object"
+        if isinstance(value, Mapping) and (problem := _problem_of(value)):
+            return problem
+    return ""
 
 
 def _why_not(content: Mapping[str, Any], error: Exception) -> str:
@@ -200,9 +223,13 @@ def load_tokenizer(folder: Path, chat_template: str | None = None, field: str = 
 
     A given chat template replaces the model's own, also in the published tokenizer.
     """
+    check_no_special(folder, field)
     try:
+        _check_tokenizer_files(folder)
         _check_tokenizer_class(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        check_expansion(getattr(tokenizer, "backend_tokenizer", None))
+        _check_templates(tokenizer.chat_template)
     # The tokenizers library raises plain Exception for a file that it cannot read.
     except Exception as error:
         raise RunError(
@@ -213,6 +240,48 @@ def load_tokenizer(folder: Path, chat_template: str | None = None, field: str = 
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
+
+
+def _check_templates(found: Any) -> None:
+    """Raise ValueError if the chat template is neither text nor several texts, with names that become files."""
+    named = found if isinstance(found, dict) else {"default": "" if found is None else found}
+    for name, text in named.items():
+        if not isinstance(text, str) or not _TEMPLATE_NAME.fullmatch(str(name)):
+            raise ValueError(f"its chat_template {str(name)[:100]!r} is no text, or has no name; correct it")
+
+
+def check_expansion(backend: Any) -> None:
+    """Raise ValueError if a tokenizer makes gigabytes of a short text before it splits it, or of a few tokens.
+
+    Its steps are the model author's: replacements multiply, and a template adds tokens to each text.
+    """
+    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        step = getattr(backend, part, None)
+        factor = _expansion_of(json.loads(step.__getstate__())) if step is not None else 1
+        if factor > _MAX_EXPANSION:
+            raise ValueError(
+                f"its {part} may make a text {factor:,} times as long, more than {_MAX_EXPANSION:,} times; use another "
+                "tokenizer"
+            )
+
+
+def _expansion_of(step: Any) -> int:
+    """Return by how much a step of a tokenizer, as its library writes it, may lengthen a character or a text."""
+    if isinstance(step, list):
+        return prod(map(_expansion_of, step))
+    if not isinstance(step, Mapping):
+        return 1
+    added = [step.get("prepend", ""), *(part for name in ("single", "pair", "ids") for part in step.get(name) or ())]
+    own = max(len(str(step.get("content", ""))), len(str(added[0])) + len(added) - 1, 1)
+    return own * prod(_expansion_of(part) for part in step.values() if isinstance(part, (list, Mapping)))
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """Raise ValueError if a file is larger than any tokenizer's."""
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    for name in text_files(sizes):
+        if sizes[name] > MAX_TEXT_FILE_BYTES:
+            raise ValueError(f"{name} has more than {MAX_TEXT_FILE_BYTES:,} bytes; use another tokenizer")
 
 
 def _check_tokenizer_class(folder: Path) -> None:

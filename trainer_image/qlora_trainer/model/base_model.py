@@ -26,7 +26,8 @@ from qlora_trainer.model.loss import (
 from qlora_trainer.model.model_files import check_model_files
 from qlora_trainer.model.runtime_settings import RuntimeSettings
 from qlora_trainer.model.unpacked_attention import use_unpacked_sdpa
-from qlora_trainer.model.weight_check import check_loaded, check_weight_files, is_quantized
+from qlora_trainer.model.weight_check import check_loaded, check_weight_files, is_quantized, reading_model
+from qlora_trainer.storage.store import MODEL_FIELD
 
 _PACKING_TOLERANCE: Final = 0.05
 """Relative distance that 16-bit rounding explains; rows that attend to each other are far above (0.3 and more)."""
@@ -142,25 +143,26 @@ def load_base(
     """Load the base from safetensors and quantize it while loading; code of its repository is never run.
 
     Raises:
-        RunError: MODEL_UNSUPPORTED if weights are missing or have another shape.
+        RunError: MODEL_UNSUPPORTED if weights are missing or have another shape, or transformers cannot read a file.
 
     """
     check_model_files(folder)
     check_weight_files(folder)
-    # Weights that are stored quantized are loaded by the configuration that they were stored with.
-    stored = is_quantized(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    quantizer = {} if stored else {"quantization_config": quantization_config(quantization, dtype)}
-    model, found = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation=attention,
-        device_map={"": torch_device(device)},
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-        output_loading_info=True,
-        **quantizer,
-    )
+    with reading_model(MODEL_FIELD.field):
+        # Weights that are stored quantized are loaded by the configuration that they were stored with.
+        stored = is_quantized(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        quantizer = {} if stored else {"quantization_config": quantization_config(quantization, dtype)}
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map={"": torch_device(device)},
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **quantizer,
+        )
     check_loaded(found)
     disable_weight_repacking(model)
     use_unpacked_sdpa(model)

@@ -6,12 +6,13 @@ from typing import Final
 
 from pydantic import BaseModel, ValidationError
 
-from qlora_api.foreign_files import read_file
+from qlora_api.foreign_files import find_special, read_file
 from qlora_api.object_names import ObjectName
 from qlora_api.reasons import Reason
 from qlora_api.tolerant_reader import ignore_unknown
 from qlora_api.units import MIB
 from qlora_trainer.errors import RunError
+from qlora_trainer.model.generation_config import check_generation_config
 from qlora_trainer.storage.local_store import files_below
 from qlora_trainer.storage.store import FieldRef
 
@@ -34,13 +35,15 @@ class _ShardIndex(BaseModel):
 
 
 def check_model_files(folder: Path, field: str = "spec.model.uri") -> None:
-    """Refuse a model's folder that would make transformers read weights from somewhere else.
+    """Refuse a model's folder that would make transformers read weights from somewhere else, or wait for ever.
 
     Raises:
         RunError: UNSAFE_MODEL_FORMAT for an index that names other files than safetensors files of the folder;
-            MODEL_UNSUPPORTED for an adapter, instead of which transformers loads the base that it names.
+            MODEL_UNSUPPORTED for an adapter, instead of which transformers loads the base that it names, for a pipe or
+            a device, and for generation settings that cannot be read.
 
     """
+    check_no_special(folder, field)
     # What cannot be read is no index that transformers could read.
     files = files_below(folder, lambda _path, _error: None)
     for index in sorted(file for file in files if file.match(_ANY_SHARD_INDEX)):
@@ -49,6 +52,14 @@ def check_model_files(folder: Path, field: str = "spec.model.uri") -> None:
         raise RunError(
             Reason.MODEL_UNSUPPORTED, f"{field}: {_ADAPTER}: this is an adapter and not a model; name its base, merged"
         )
+    check_generation_config(folder, field)
+
+
+def check_no_special(folder: Path, field: str) -> None:
+    """Raise ModelUnsupported for a folder with a pipe or a device, which the libraries open as any other file."""
+    if special := find_special(folder):
+        name = special.relative_to(folder)
+        raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: {name} is a pipe or a device, and no file; remove it")
 
 
 def load_shard_index(index: Path, field: str = "spec.model.uri") -> Mapping[str, Path]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
@@ -13,8 +14,31 @@ from transformers.utils import logging
 from qlora_api.reasons import Reason
 from qlora_trainer.errors import RunError
 
+_ABOUT_FILES: Final = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RecursionError,
+    SafetensorError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
+"""What transformers and PEFT raise for files that they do not expect; a GPU raises RuntimeError, and a disk OSError."""
 _NAMED: Final = 3
 """Weights that a message names; the others are counted."""
+
+
+@contextmanager
+def reading_model(field: str, what: str = "transformers cannot load the model") -> Iterator[None]:
+    """Turn the exceptions of libraries about a model's or an adapter's files into ModelUnsupported, with the cause."""
+    try:
+        yield
+    except _ABOUT_FILES as error:
+        cause = f"{type(error).__name__}: {str(error)[:500]}"
+        raise RunError(Reason.MODEL_UNSUPPORTED, f"{field}: {what}: {cause}; correct it, or use another one") from error
 
 
 def check_weight_files(folder: Path, field: str = "spec.model.uri") -> tuple[str, ...]:
@@ -35,11 +59,13 @@ def check_weight_files(folder: Path, field: str = "spec.model.uri") -> tuple[str
         RunError: MODEL_UNSUPPORTED.
 
     """
-    if is_quantized(AutoConfig.from_pretrained(folder, trust_remote_code=False)):
+    with reading_model(field):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if is_quantized(config):
         return ()  # the quantizer renames the weights while loading; check_loaded sees what it left out
     try:
         found = _load_without_tensors(folder)
-    except (OSError, ValueError, SafetensorError) as error:  # files under other names, offsets that overlap
+    except (OSError, *_ABOUT_FILES) as error:  # files under other names, offsets that overlap
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
             f"{field}: its weight files cannot be read: {str(error)[:500]}; copy the model again",

@@ -27,6 +27,7 @@ from qlora_trainer.model.attention import FLASH
 from qlora_trainer.model.base_model import load_base
 from qlora_trainer.model.generation_config import read_stop_tokens, save_model, write_generation_config
 from qlora_trainer.model.loss import token_losses
+from qlora_trainer.model.weight_check import reading_model
 from qlora_trainer.observability.progress import LogFn, no_log
 
 MERGE_REPORT: Final = "merge.json"
@@ -110,7 +111,8 @@ def save_merged(task: MergeTask, target: Path) -> None:
     save_model(merged, target)
     if stops := read_stop_tokens(task.adapter):
         write_generation_config(merged.generation_config, stops, target)
-    tokenizer.save_pretrained(target)
+    with reading_model("the adapter", "its tokenizer cannot be saved"):
+        tokenizer.save_pretrained(target)
 
 
 def build_merged(task: MergeTask) -> Any:
@@ -119,7 +121,8 @@ def build_merged(task: MergeTask) -> Any:
     dequantized = _dequantized_weights(task) if task.base == "dequantised" else {}
     for name, weight in dequantized.items():
         base.get_submodule(name).weight.data = weight.to(torch.bfloat16)
-    return _merge_layers(PeftModel.from_pretrained(base, task.adapter), dequantized)
+    with reading_model("the adapter", "PEFT cannot merge it"):
+        return _merge_layers(PeftModel.from_pretrained(base, task.adapter), dequantized)
 
 
 def _dequantized_weights(task: MergeTask) -> dict[str, torch.Tensor]:

@@ -233,3 +233,12 @@ def test_period_without_runs_says_so(run: Any) -> None:
     result = run("--month", "2020-01")
     assert (result.exit_code, result.stdout) == (0, "")
     assert "no run held a GPU in this period" in result.stderr
+
+
+@pytest.mark.parametrize("value", ['=HYPERLINK("http://x")', "+1", "-1+cmd|' /C calc'!A0", "@SUM(A1)", "\uff1d1"])
+def test_label_that_is_a_formula_is_a_text_in_csv(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    evil = job("evil", attempt(1, usage_of(NOV, training=2)), labels={"team": value})
+    monkeypatch.setattr(command, "open_connection", lambda *_: Connection(FakeClusterClient(evil.raw), "ml"))
+    text = CliRunner().invoke(app, ["usage", "--by", "label=team", "-o", "csv"]).stdout
+    [row] = csv.DictReader(io.StringIO(text))
+    assert row["team"] == f"'{value}"

@@ -1,15 +1,22 @@
 """Results in a folder: found from above and from inside, the newest of several."""
 
+import tracemalloc
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from weakref import ReferenceType, ref
 
 import pytest
 from typer.testing import CliRunner
 
 from qlora_api.report import Confidence, Interval, Intervals, ResultManifest, RunReport, ServingCheck
+from qlora_api.units import MIB
 from qlora_api.v1alpha1 import Plan
 from qlora_cli.__main__ import app
-from qlora_cli.local.output_store import OutputError
+from qlora_cli.commands import report as report_command
+from qlora_cli.commands.report import download_report
+from qlora_cli.local import published_results
+from qlora_cli.local.output_store import OutputError, OutputStore, open_output_store
 from qlora_cli.local.published_results import find_result, is_result
 from qlora_trainer.storage.listed_files import describe_files
 from tests.make import DIGEST, NOW, make_prepared, make_result, make_spec
@@ -190,3 +197,78 @@ def test_changed_report_is_not_left_in_the_folder_of_the_download(tmp_path: Path
     ended = CliRunner().invoke(app, ["report", "--no-open", "--to", str(target), str(tmp_path / "out")])
     assert (ended.exit_code, target.exists()) == (1, False)
     assert "report/report.html does not have the SHA-256" in ended.output
+
+
+def test_manifest_that_is_none_hides_no_other_result(tmp_path: Path) -> None:
+    folder = write_result(tmp_path, OLD)
+    (write_result(tmp_path, NEW) / "manifest.json").write_text('{"files": [{}]}')
+    notes: list[str] = []
+    assert find_result(str(tmp_path), None, notes.append).uri == folder.as_uri()
+    assert notes[0] == f"support-bot/{NEW}/manifest.json is not what a run publishes; give another result"
+
+
+def test_manifests_of_many_results_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(20):
+        write_result(tmp_path, f"{number:016}", day=number)
+    kept: list[ReferenceType[ResultManifest]] = []
+    read = published_results._read_manifest
+
+    def read_one(files: OutputStore, path: str) -> ResultManifest:
+        kept.append(ref(read(files, path)))
+        return found if (found := kept[-1]()) else read(files, path)
+
+    monkeypatch.setattr(published_results, "_read_manifest", read_one)
+    assert find_result(str(tmp_path), None, lambda _: None).uri.endswith(f"{19:016}")
+    assert sum(one() is not None for one in kept) <= 1
+
+
+def test_report_is_not_read_into_memory_for_its_digest(tmp_path: Path) -> None:
+    result = tmp_path / "out/support-bot" / NEW
+    write_result(tmp_path / "out")
+    with (result / "report/evaluation.jsonl").open("wb") as stream:
+        stream.truncate(64 * MIB)
+    manifest = result / "manifest.json"
+    found = ResultManifest.model_validate_json(manifest.read_text())
+    manifest.write_text(found.model_copy(update={"files": describe_files(result)}).model_dump_json(by_alias=True))
+    digests = find_result(str(result), None, pytest.fail).digests
+    tracemalloc.start()
+    try:
+        download_report(f"{result.as_uri()}/report", tmp_path / "here", None, digests)
+        assert tracemalloc.get_traced_memory()[1] < 16 * MIB
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "here/evaluation.jsonl").stat().st_size == 64 * MIB
+
+
+def test_report_that_is_too_large_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = write_result(tmp_path / "out")
+    monkeypatch.setattr(report_command, "MAX_BYTES", 3)
+    ended = CliRunner().invoke(app, ["report", "--no-open", "--to", str(tmp_path / "here"), str(result)])
+    assert (ended.exit_code, (tmp_path / "here").exists()) == (1, False)
+    assert "report has more than 3 bytes, which no report has; look at it there" in ended.output
+
+
+@pytest.mark.parametrize("to", [["--to", "here"], []], ids=["named", "default"])
+def test_report_is_not_written_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: list[str]) -> None:
+    """The working folder, or what is in the named one, may be somebody else's, and the page too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report_command, "_find_page", pytest.fail)
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim/report.html").write_text("mine")
+    if to:
+        (tmp_path / "here").mkdir()
+        (tmp_path / "here/report.html").symlink_to(tmp_path / "victim/report.html")
+    else:
+        (tmp_path / "support-bot-report").symlink_to(tmp_path / "victim")
+    result = write_result(tmp_path / "out")
+    located = report_command.Report("support-bot", f"{result.as_uri()}/report", None)
+    monkeypatch.setattr(report_command, "_locate", lambda *_: replace(located, folder=_as_bucket(located.folder)))
+    monkeypatch.setattr(report_command, "open_output_store", lambda *_: open_output_store(located.folder, None))
+    ended = CliRunner().invoke(app, ["report", "--no-open", "support-bot", *to])
+    assert ended.exit_code == 1, ended.output
+    assert "is a link; remove it" in ended.output
+    assert (tmp_path / "victim/report.html").read_text() == "mine"
+
+
+def _as_bucket(uri: str) -> str:
+    return uri.replace("file:///", "s3://bucket/")

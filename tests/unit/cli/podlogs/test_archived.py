@@ -14,7 +14,7 @@ from qlora_cli.cluster.client import ClusterError
 from qlora_cli.cluster.jobs import ClusterJob
 from qlora_cli.podlogs import archived
 from qlora_cli.podlogs.archived import MissingLogs
-from qlora_cli.podlogs.lines import LogPrinter
+from qlora_cli.podlogs.lines import LogPrinter, parse_line
 from tests.make import DIGEST, UID
 from tests.unit.cli.fake_cluster import FAILED, PlainConsole, make_ended, make_job
 
@@ -100,10 +100,41 @@ def test_logs_are_read_from_s3_with_the_keys_of_this_computer(monkeypatch: pytes
 def test_log_that_somebody_made_huge_is_not_read_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(archived, "MAX_LOG_BYTES", 1000)
     leave_log(tmp_path, "attempt-1-node-0-rank-0.jsonl", "x" * 2000)
-    with pytest.raises(ClusterError, match=r"attempt-1-node-0-rank-0\.jsonl is larger than 1000 bytes; delete it"):
+    with pytest.raises(
+        ClusterError,
+        match=r"attempt-1-node-0-rank-0\.jsonl is left out: it has more than 1,000 bytes; download it",
+    ):
         archived.show_archived_logs(
             make_left(tmp_path, make_ended(1)), MissingLogs(1), WISH, printer()[1], PlainConsole().console
         )
+
+
+def test_log_that_somebody_made_huge_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(archived, "MAX_LOG_BYTES", 1000)
+    leave_log(tmp_path, "attempt-1-node-0-rank-0.jsonl", "x" * 2000)
+    leave_log(tmp_path, "attempt-1-node-1-rank-1.jsonl", (1, "a step"))
+    job, (paper, out), notes = make_left(tmp_path, make_ended(1)), printer(), PlainConsole()
+    archived.show_archived_logs(job, MissingLogs(1), WISH, out, notes.console)
+    assert [line.partition("info")[2].strip() for line in paper.lines] == ["a step"]
+    assert "attempt-1-node-0-rank-0.jsonl is left out: it has more than 1,000 bytes; download it" in "".join(
+        notes.lines
+    )
+
+
+def test_logs_beyond_the_limit_of_an_attempt_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(archived, "MAX_LOGS_BYTES", 100)
+    leave_log(tmp_path, "attempt-1-node-0-rank-0.jsonl", (1, "a step"))
+    leave_log(tmp_path, "attempt-1-node-1-rank-1.jsonl", (1, "another step"))
+    job, (paper, out), notes = make_left(tmp_path, make_ended(1)), printer(), PlainConsole()
+    archived.show_archived_logs(job, MissingLogs(1), WISH, out, notes.console)
+    assert [line.partition("info")[2].strip() for line in paper.lines] == ["a step"]
+    assert "rank-1.jsonl is left out: it has more than 100 bytes with the logs before it" in "".join(notes.lines)
+
+
+def test_long_line_of_an_archived_log_is_not_parsed():
+    line = '{"message": "a step", "time": "2026-03-01T12:00:01Z", "x": [' + "[]," * 400_000 + "1]}"
+    [shown] = archived.parse_log(archived.LogFile(1, 0), line.encode())
+    assert (shown.time, parse_line(line)) == ("", (None, line))
 
 
 def test_archived_line_shows_its_rank(tmp_path: Path):
