@@ -31,7 +31,7 @@ class NodeFailures:
 
     def update(self, run: JobRef, attempts: Sequence[Attempt], checkpoint: Checkpoint | None = None) -> None:
         """Replace the failures of a run."""
-        failures, starts = node_failures(run, attempts, checkpoint), node_starts(attempts)
+        failures, starts = node_failures(run, attempts, checkpoint), node_starts(run, attempts)
         if failures and failures != self._failures.get(run):
             self._failures[run], self._computed_at = failures, None
         if starts and starts != self._starts.get(run):

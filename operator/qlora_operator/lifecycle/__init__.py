@@ -15,17 +15,8 @@ from qlora_operator.lifecycle.exit_reasons import cause_of_exit
 from qlora_operator.lifecycle.gang import classify
 from qlora_operator.lifecycle.job_deadline import job_deadline
 from qlora_operator.lifecycle.leftovers import leftover_jobs, next_leftover
-from qlora_operator.lifecycle.node_health import (
-    NodeFailure,
-    NodeStart,
-    disliked_nodes,
-    is_blamed,
-    is_recent,
-    node_failures,
-    node_starts,
-    quarantine_ends,
-    quarantined_nodes,
-)
+from qlora_operator.lifecycle.node_health import disliked_nodes, is_blamed, node_failures, node_starts
+from qlora_operator.lifecycle.quarantine import NodeFailure, NodeStart, is_recent, quarantine_ends, quarantined_nodes
 from qlora_operator.lifecycle.resumption import checkpoint_of_restart, reported_checkpoint, reported_manifests
 from qlora_operator.lifecycle.revive import retry_limits, revive
 from qlora_operator.lifecycle.usage import account, is_uncertain

@@ -43,8 +43,8 @@ async def controller(monkeypatch: pytest.MonkeyPatch, events: Events) -> Control
 
 
 async def finish_attempt(controller: Controller, run: str, **change: Any) -> None:
-    """Let an attempt of a run fail on gpu-1."""
-    ref = JobRef("ml", run)
+    """Let an attempt of a run fail on gpu-1, each run in a namespace of its own."""
+    ref = JobRef(f"team-{run}", run)
     values: dict[str, Any] = {"number": 1, "job": f"{run}-1", "reason": Reason.ACCELERATOR_MISSING, "node": "gpu-1"}
     attempt = Attempt.model_validate({**values, "finished_at": NOW, **change})
     raw = RawJob(ref, UID, 1, "1", NOW, deleting=False, spec={}, status={})
@@ -58,6 +58,7 @@ async def finish_attempt(controller: Controller, run: str, **change: Any) -> Non
 async def test_node_of_two_runs_is_quarantined_with_an_event_and_metrics(
     controller: Controller, events: Events
 ) -> None:
+    await finish_attempt(controller, "well", node="gpu-2", reason=Reason.INTERRUPTED, started_at=NOW)
     await finish_attempt(controller, "a")
     assert (events.recorded, controller._make_context(JobRef("ml", "c")).quarantined_nodes) == ([], {})
     await finish_attempt(controller, "b")

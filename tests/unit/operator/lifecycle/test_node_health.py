@@ -1,5 +1,6 @@
 """Which nodes new attempts avoid, for how long, and whom a failure blames."""
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -13,17 +14,18 @@ from qlora_api.v1alpha1.status import MAX_AVOIDED_NODES
 from qlora_operator.controller.node_failures import NodeFailures
 from qlora_operator.lifecycle.node_health import (
     AVOIDANCE,
-    LONGEST_QUARANTINE,
-    QUARANTINE,
-    NodeFailure,
-    NodeStart,
     avoided_nodes,
     disliked_nodes,
     find_released,
     is_blamed,
     node_failures,
+)
+from qlora_operator.lifecycle.quarantine import (
+    LONGEST_QUARANTINE,
+    QUARANTINE,
+    NodeFailure,
+    NodeStart,
     quarantine_ends,
-    quarantined_nodes,
 )
 from tests.make import NOW
 
@@ -47,8 +49,20 @@ def failed(reason: Reason = Reason.ACCELERATOR_FAILED, node: str = "gpu-1", **ch
     )
 
 
-def failure(run: str, node: str = "gpu-1", at: datetime = NOW, reason: Reason = Reason.POD_REJECTED) -> NodeFailure:
-    return NodeFailure(JobRef("ml", run), node, at, reason)
+def failure(
+    run: str, node: str = "gpu-1", at: datetime = NOW, reason: Reason = Reason.POD_REJECTED, namespace: str = ""
+) -> NodeFailure:
+    """A failure of a run in a namespace of its own, unless another one is given."""
+    return NodeFailure(JobRef(namespace or f"team-{run}", run), node, at, reason)
+
+
+def quarantined_nodes(
+    failures: Sequence[NodeFailure], now: datetime, starts: Sequence[NodeStart] = (), nodes: int = 8
+) -> dict[str, datetime]:
+    """The nodes that are quarantined in a cluster where pods started on so many other nodes hours ago."""
+    others = [NodeStart(f"node-{number}", now - 3 * QUARANTINE) for number in range(nodes)]
+    ends = quarantine_ends(failures, now, [*starts, *others])
+    return {node: end for node, end in ends.items() if now < end}
 
 
 @pytest.mark.parametrize("reason", Reason)
@@ -147,7 +161,9 @@ def test_node_on_which_three_runs_crash_is_quarantined_if_they_train_elsewhere()
     assert list(quarantined_nodes([crash(run) for run in "abc"], NOW, starts)) == ["gpu-1"]
     assert quarantined_nodes([crash(run) for run in "ab"], NOW, starts) == {}
     assert quarantined_nodes([crash(run)._replace(recovered=False) for run in "abc"], NOW, starts) == {}
-    assert quarantined_nodes([crash(run) for run in "abc"], NOW) == {}, "no other node shows that the trainer is well"
+    assert quarantined_nodes([crash(run) for run in "abc"], NOW, nodes=0) == {}, (
+        "no other node shows that the trainer is well"
+    )
     everywhere = [crash(f"{run}{node}", f"gpu-{node}") for run in "abc" for node in range(4)]
     assert quarantined_nodes(everywhere, NOW, starts) == {}
 
@@ -167,7 +183,7 @@ def test_node_that_fails_again_after_its_quarantine_is_not_used_for_twice_as_lon
     assert quarantined_nodes([*first, relapse], relapse.at) == {"gpu-1": relapse.at + 2 * QUARANTINE}
     late = failure("c", at=until + QUARANTINE + timedelta(minutes=1))
     assert quarantined_nodes([*first, late], late.at) == {}, "it has been well for as long"
-    assert quarantine_ends([*first, late], late.at) == {"gpu-1": until}
+    assert quarantine_ends([*first, late], late.at, [NodeStart("gpu-2", NOW)]) == {"gpu-1": until}
     at, failures = until, list(first)
     for number in range(4):
         failures.append(failure(f"run-{number}", at=at))
@@ -206,12 +222,88 @@ def test_released_nodes_are_those_no_longer_avoided() -> None:
 
 def test_store_forgets_old_failures() -> None:
     store = NodeFailures()
-    for run in ("a", "b"):
+    for run in ("a", "b", "d"):
         store.update(JobRef("ml", run), (failed(),))
-    store.update(JobRef("ml", "c"), ())
+    store.update(JobRef("ml", "c"), (Attempt(number=1, job="c-1", node="gpu-2", started_at=NOW),))
     assert store.quarantined(NOW) == {"gpu-1": NOW + QUARANTINE}
     store.update(JobRef("ml", "a"), ())
     assert store.quarantined(NOW) == {"gpu-1": NOW + QUARANTINE}, "a QLoRAJob made again does not clear its node"
     assert store.quarantined(NOW + QUARANTINE) == {}
     assert store.quarantined(NOW + 2 * LONGEST_QUARANTINE) == {}
     assert store.quarantined(NOW) == {}
+
+
+@pytest.mark.parametrize(
+    "reason", [Reason.STARTUP_DEADLINE_EXCEEDED, Reason.POD_REJECTED, Reason.IMAGE_PULL_FAILED, Reason.HEARTBEAT_LOST]
+)
+@pytest.mark.parametrize("runs", [2, 5])
+def test_fault_of_one_namespace_does_not_quarantine_nodes_on_which_others_start_pods(reason: Reason, runs: int) -> None:
+    failures = [
+        failure(f"run-{run}", node, NOW - timedelta(minutes=2 * run), reason, "ml")
+        for run in range(runs)
+        for node in ("gpu-1", "gpu-2")
+    ]
+    starts = [NodeStart(node, NOW - timedelta(minutes=30), JobRef("web", node)) for node in ("gpu-1", "gpu-2", "gpu-3")]
+    assert quarantined_nodes(failures, NOW, starts) == {}
+    if runs == 5:
+        assert list(quarantined_nodes(failures, NOW)) == ["gpu-1", "gpu-2"], "without the others it may be the nodes"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        pytest.param({}, [], id="unexplained"),
+        pytest.param({"recovered": True}, ["gpu-1"], id="they-got-further-elsewhere"),
+        pytest.param({"hardware": True}, ["gpu-1"], id="the-kubelet-reports-the-devices"),
+    ],
+)
+def test_two_runs_of_one_namespace_quarantine_a_node_only_if_more_speaks_against_it(
+    change: dict[str, bool], expected: list[str]
+) -> None:
+    failures = [failure(run, namespace="ml")._replace(**change) for run in "ab"]
+    assert list(quarantined_nodes(failures, NOW)) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "hardware"),
+    [
+        ("Pod was rejected: Allocate failed due to requested number of devices unavailable for nvidia.com/gpu", True),
+        ("StartError: failed to create shim task: nvidia-container-cli: initialization error: driver error", True),
+        ('CreateContainerError: failed to reserve container name "trainer"', False),
+    ],
+)
+def test_kubelet_tells_whether_devices_failed(message: str, hardware: bool) -> None:
+    rejected, written = failed(Reason.POD_REJECTED, message=message), failed(message=message)
+    assert [found.hardware for found in node_failures(JobRef("ml", "a"), (rejected, written))] == [hardware, False]
+
+
+@pytest.mark.parametrize(
+    ("reason", "minutes", "expected"),
+    [
+        pytest.param(Reason.STARTUP_DEADLINE_EXCEEDED, -5, [], id="one-started-meanwhile"),
+        pytest.param(Reason.STARTUP_DEADLINE_EXCEEDED, -15, ["gpu-1"], id="the-node-broke-since"),
+        pytest.param(Reason.POD_REJECTED, -5, ["gpu-1"], id="refused-at-once"),
+        pytest.param(Reason.POD_REJECTED, 5, [], id="one-started-later"),
+        pytest.param(Reason.ACCELERATOR_FAILED, 5, ["gpu-1"], id="a-container-starts-without-its-gpu"),
+    ],
+)
+def test_container_that_starts_on_a_node_refutes_that_it_starts_none(
+    reason: Reason, minutes: int, expected: list[str]
+) -> None:
+    failures = [failure(run, reason=reason) for run in "ab"]
+    start = NodeStart("gpu-1", NOW + timedelta(minutes=minutes), JobRef("web", "c"))
+    assert list(quarantined_nodes(failures, NOW + timedelta(minutes=10), [start])) == expected
+
+
+@pytest.mark.parametrize(("nodes", "most"), [(1, 0), (2, 1), (3, 1), (4, 2)])
+def test_at_most_half_of_the_nodes_are_quarantined(nodes: int, most: int) -> None:
+    failures = [
+        failure(f"{run}{node}", f"gpu-{node}", reason=BLAMED_BY_NODE[node % 3]) for node in range(nodes) for run in "ab"
+    ]
+    assert len(quarantined_nodes(failures, NOW, nodes=0)) == most
+
+
+def test_registry_that_is_away_quarantines_no_node_of_a_small_cluster() -> None:
+    """Every image that is not on the nodes yet fails there, whoever pulls it."""
+    failures = [failure(f"{run}{node}", node, reason=Reason.IMAGE_PULL_FAILED) for run in "abc" for node in ("x", "y")]
+    assert quarantined_nodes(failures, NOW, nodes=0) == {}
