@@ -57,6 +57,7 @@ class FakeCluster:
         self.classes = Classes()
         self.namespace: dict[str, str] | None = {}
         """Labels of the namespace; None: the operator may not read it."""
+        self.may_list_nodes = True
         self.node_lists = 0
         self.child_lists = 0
         self.event_lists = 0
@@ -239,8 +240,10 @@ class FakeCluster:
         names_by_uid = {child["metadata"]["uid"]: name for (_, name), child in self.children.items()}
         return self.workloads.get(names_by_uid.get(uid, ""))
 
-    async def find_gpu_nodes(self, accelerator: Accelerator) -> tuple[Manifest, ...]:
+    async def find_gpu_nodes(self, accelerator: Accelerator) -> tuple[Manifest, ...] | None:
         self.node_lists += 1
+        if not self.may_list_nodes:
+            return None
         labelled = (node for node in self.nodes if accelerator.memory_label in node["metadata"].get("labels", {}))
         return tuple(copy.deepcopy(node) for node in labelled)
 

@@ -27,6 +27,8 @@ class Accelerator:
     """Node label: memory of each GPU."""
     memory_unit: int = MIB
     """Bytes per unit of the memory label."""
+    count_label: str = ""
+    """Node label: how many of them the node has, whether or not a device plugin advertises them; empty if none."""
     replicas_label: str = ""
     """Node label: how many pods time-slice a GPU; absent, 0 and 1: it is not time-sliced."""
     launch_type: str = "MULTI_GPU"
@@ -55,6 +57,7 @@ NVIDIA: Final = Accelerator(
     taints=frozenset({"nvidia.com/gpu"}),
     product_label="nvidia.com/gpu.product",
     memory_label="nvidia.com/gpu.memory",
+    count_label="nvidia.com/gpu.count",
     replicas_label="nvidia.com/gpu.replicas",
     partition_mark="-MIG-",  # NVIDIA/k8s-device-plugin#446: a process sees one MIG instance, however many the pod has
     capability_labels=("nvidia.com/gpu.compute.major", "nvidia.com/gpu.compute.minor"),
@@ -104,6 +107,7 @@ def accelerator_of_resource(resource: str) -> Accelerator:
         taints=NVIDIA.taints | {resource},
         product_label=f"{resource}.product",
         memory_label=f"{resource}.memory",
+        count_label=f"{resource}.count",
         replicas_label=f"{resource}.replicas",
         peak_tflops={},
     )

@@ -412,6 +412,9 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         "[`qlora plan`](../plan.md) shows the same offline, by component.",
         topic=Topic.MANIFEST,
         also_known_as=("not enough VRAM", "GPU too small", "model too large", "predicted out of memory"),
+        outcome="A larger GPU may be away for a moment: its node is being repaired, or lost its labels. The nodes are "
+        "checked again, the longer the less often, up to every {check_minutes} min, and no GPU is held; after "
+        "{check_hours} h the run has ended.",
     ),
     Reason.DATASET_NOT_FOUND: ReasonRecord(
         sentence="No object was found at the URI of a dataset.",

@@ -283,8 +283,8 @@ class Observation:
     """Every child Job of a QLoRAJob with its pods, and the GPU nodes of the cluster."""
 
     jobs: tuple[ChildJob, ...] = ()
-    gpu_nodes: tuple[Manifest, ...] = ()
-    """Nodes with GPUs; listed only before a plan is made."""
+    gpu_nodes: tuple[Manifest, ...] | None = ()
+    """Nodes with GPUs; listed only before a plan is made. None if the operator was not allowed to list them."""
 
     @property
     def prepare(self) -> ChildJob | None:

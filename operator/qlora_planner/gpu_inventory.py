@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, NamedTuple
 
-from qlora_api.accelerators import NVIDIA, Accelerator, Capability, accelerator_of_resource
+from qlora_api.accelerators import MIG_PREFIX, NVIDIA, Accelerator, Capability, accelerator_of_resource
 from qlora_api.precision import ComputeDtype, compute_dtype_of, name_capability
 from qlora_api.units import TIB
 from qlora_api.v1alpha1 import ResourcesSpec
@@ -39,7 +39,7 @@ class GpuPool:
     """None if unknown."""
     accelerator: Accelerator = NVIDIA
     unready: int = 0
-    """Nodes of these that accept no pod for now."""
+    """Nodes of these that accept no pod for now, or whose GPUs are not all healthy."""
 
     @property
     def usable(self) -> int:
@@ -119,15 +119,17 @@ def _read_node(node: Mapping[str, Any], resources: ResourcesSpec) -> GpuPool | U
         obstacle = _find_gpu_obstacle(node, pool) or find_obstacle(node, resources, accelerator)
         if obstacle is not None:
             return UnusableNodes(pool.product, obstacle)
-        return replace(pool, unready=int(is_unready(node, resources, accelerator)))
+        healthy = _count(node, "allocatable", accelerator)
+        unready = is_unready(node, resources, accelerator) or healthy < pool.gpus_per_node
+        return replace(pool, unready=int(unready))
     except (AttributeError, LookupError, TypeError, ValueError):
         return None
 
 
 def _parse_gpus(node: Mapping[str, Any], accelerator: Accelerator) -> GpuPool | None:
-    """Return the GPUs of a node; None if it has none, or no label with their memory."""
+    """Return the GPUs of a node, healthy or not; None if it has none, or no label with their memory."""
     labels: Mapping[str, str] = node["metadata"].get("labels", {})
-    count = parse_quantity(node.get("status", {}).get("allocatable", {}).get(accelerator.resource, "0"))
+    count = _count_gpus(node, accelerator)
     memory = labels.get(accelerator.memory_label, "")
     product: object = labels.get(accelerator.product_label, "")
     if not 1 <= count <= MAX_GPUS_PER_NODE or not memory.isdecimal() or not isinstance(product, str):
@@ -136,6 +138,23 @@ def _parse_gpus(node: Mapping[str, Any], accelerator: Accelerator) -> GpuPool | 
     if not 1 <= size <= MAX_GPU_MEMORY:
         return None
     return GpuPool(product, size, count, 1, _read_capability(labels, accelerator), accelerator)
+
+
+def _count_gpus(node: Mapping[str, Any], accelerator: Accelerator) -> int:
+    """Return how many GPUs a node has: while its device plugin or driver restarts, none of them is allocatable.
+
+    The kubelet keeps an absent plugin's capacity for five minutes (pkg/kubelet/cm/devicemanager); the label stays. That
+    of undivided GPUs counts the divided ones too.
+    """
+    labels: Mapping[str, str] = node["metadata"].get("labels", {})
+    divided = accelerator.resource == NVIDIA.resource and any(label.startswith(MIG_PREFIX) for label in labels)
+    labelled = "" if divided else labels.get(accelerator.count_label, "")
+    advertised = max(_count(node, field, accelerator) for field in ("allocatable", "capacity"))
+    return max(advertised, int(labelled)) if labelled.isdecimal() else advertised
+
+
+def _count(node: Mapping[str, Any], field: str, accelerator: Accelerator) -> int:
+    return parse_quantity(node.get("status", {}).get(field, {}).get(accelerator.resource, "0"))
 
 
 def _read_capability(labels: Mapping[str, str], accelerator: Accelerator) -> Capability | None:

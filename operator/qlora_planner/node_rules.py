@@ -10,10 +10,35 @@ from qlora_api.v1alpha1 import ResourcesSpec, Toleration
 from qlora_planner.quantities import parse_cores, parse_quantity
 
 _BLOCKING_EFFECTS: Final = frozenset({"NoSchedule", "NoExecute"})
-_PASSING_TAINTS: Final = ("node.kubernetes.io/", "node.cloudprovider.kubernetes.io/", "karpenter.sh/")
-"""Prefixes of taints that a controller sets and removes by itself: not ready, cordoned, short of memory, disrupted."""
-_PASSING_SUFFIXES: Final = ("ByClusterAutoscaler", "/agent-not-ready", "/driver-not-ready")
-"""Ends of more of them: an autoscaler's, and those of network and volume drivers that still start."""
+_PASSING_TAINTS: Final = (
+    "node.kubernetes.io/",
+    "node.cloudprovider.kubernetes.io/",
+    "karpenter.sh/",
+    "startup-taint.cluster-autoscaler.kubernetes.io/",
+    "status-taint.cluster-autoscaler.kubernetes.io/",
+    "ignore-taint.cluster-autoscaler.kubernetes.io/",
+    "node.cluster.x-k8s.io/",
+    "aws-node-termination-handler/",
+    "cloud.google.com/impending-node-termination",
+    "node.gke.io/",
+    "kured.io/",
+    "weave.works/kured",
+    "nvsentinel",
+    "remediation.medik8s.io/",
+    "medik8s.io/",
+)
+"""Prefixes of taints that a controller sets and removes by itself: not ready, cordoned, short of memory, disrupted,
+starting, being rebooted or repaired. One that is missing here delays a refusal of its nodes' GPUs, no more: a run that
+fits on no others waits for hours."""
+_PASSING_SUFFIXES: Final = (
+    "ByClusterAutoscaler",
+    "OfClusterAutoscaler",
+    "/agent-not-ready",
+    "/driver-not-ready",
+    "/not-ready",
+    "/unhealthy",
+)
+"""Ends of more of them: an autoscaler's, and those of network, volume and device drivers that still start."""
 _OPERATING_SYSTEM: Final = "kubernetes.io/os"
 
 

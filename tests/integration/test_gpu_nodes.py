@@ -105,7 +105,7 @@ def test_run_for_a_partition_is_sized_for_it_and_scheduled_there(job_namespace: 
 
 def test_run_too_large_for_a_partition_requests_none(job_namespace: JobNamespace) -> None:
     prepare(job_namespace, "llama-2-70b", gpuResource=MIG.resource)
-    job_namespace.wait_for("Failed", "DoesNotFit")
+    job_namespace.wait_for("Preparing", "DoesNotFit")
     assert sorted(job_namespace.jobs()) == [PREPARE]
 
 
@@ -129,7 +129,7 @@ def test_large_run_is_scheduled_on_large_gpu(job_namespace: JobNamespace) -> Non
 
 def test_run_too_large_for_any_node_requests_no_gpu(job_namespace: JobNamespace) -> None:
     prepare(job_namespace, "llama-2-70b", gpuProduct=T4.name)
-    status = job_namespace.wait_for("Failed", "DoesNotFit")
+    status = job_namespace.wait_for("Preparing", "DoesNotFit")
     assert "more than the" in status["message"]
     assert sorted(job_namespace.jobs()) == [PREPARE]
 

@@ -246,7 +246,7 @@ class Preparation(ApiModel):
     unexplained: int = Field(
         default=0, ge=0, description="How many of the last ones in a row ended without a termination message."
     )
-    reason: Reason | None = Field(default=None, description="How the last of them ended.")
+    reason: Reason | None = Field(default=None, description="How the last of them ended, or why there is no plan yet.")
     message: Annotated[str, Field(max_length=MAX_ATTEMPT_MESSAGE)] = Field(
         default="", description="How it ended, in a sentence."
     )
@@ -254,7 +254,9 @@ class Preparation(ApiModel):
     missing_since: datetime | None = Field(
         default=None, description="When the first of them ended that lacked a Secret, a model, a dataset or access."
     )
-    retry_at: datetime | None = Field(default=None, description="When the next prepare Job is created.")
+    retry_at: datetime | None = Field(
+        default=None, description="When the next prepare Job is created, or the nodes are checked again."
+    )
     avoided_nodes: Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(max_length=8)] = Field(
         default=(), description="Nodes of the last pods that failed; the next pod prefers others."
     )

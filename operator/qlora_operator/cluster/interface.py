@@ -77,8 +77,8 @@ class Cluster(Protocol):
     async def list_children(self, job: RawJob) -> Observation:
         """List its children live, matched by uid."""
 
-    async def find_gpu_nodes(self, accelerator: Accelerator) -> tuple[Manifest, ...]:
-        """Return the nodes whose labels describe such GPUs; none if the operator may not list nodes."""
+    async def find_gpu_nodes(self, accelerator: Accelerator) -> tuple[Manifest, ...] | None:
+        """Return the nodes whose labels describe such GPUs; None if the operator may not list nodes."""
 
     async def list_classes(self, since: datetime) -> Classes:
         """Return the QLoRAClasses, as they were at some time after `since`, and not long ago."""

@@ -156,15 +156,15 @@ class KubeCluster:
         page = await self._api.request("GET", f"/api/v1/namespaces/{ref.namespace}/pods", query=selector)
         return list(page.get("items") or ())
 
-    async def find_gpu_nodes(self, accelerator: Accelerator) -> tuple[Manifest, ...]:
-        """Return the nodes whose labels describe such GPUs; none if the operator may not list nodes."""
+    async def find_gpu_nodes(self, accelerator: Accelerator) -> tuple[Manifest, ...] | None:
+        """Return the nodes whose labels describe such GPUs; None if the operator may not list nodes."""
         # resourceVersion 0: the API server answers from its cache.
         query = {"labelSelector": accelerator.memory_label, "resourceVersion": "0"}
         try:
             answer = await self._api.request("GET", "/api/v1/nodes", query=query)
         except ApiError as error:
             _log.warning("cannot list nodes, so runs are not sized: %s", error)
-            return ()
+            return None
         nodes = (parse_or_skip("Node", parse_node, item) for item in answer.get("items") or ())
         return tuple(filter(None, nodes))
 

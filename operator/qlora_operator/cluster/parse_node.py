@@ -26,6 +26,7 @@ class _NodeSpec(BaseModel):
 
 class _NodeStatus(BaseModel):
     allocatable: dict[str, str] = {}
+    capacity: dict[str, str] = {}
 
 
 class _Node(BaseModel):
@@ -37,5 +38,5 @@ class _Node(BaseModel):
 
 
 def parse_node(item: Mapping[str, Any]) -> Manifest:
-    """Return name, labels, taints and allocatable resources of a Node, with the types that the API promises."""
+    """Return name, labels, taints and resources of a Node, with the types that the API promises."""
     return _Node.model_validate(item).model_dump()

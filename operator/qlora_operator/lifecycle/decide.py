@@ -146,7 +146,9 @@ def _decide(job: Job, children: Observation, context: ReconcileContext) -> Decis
 
 def _prepare(job: Job, children: Observation, number: int, context: ReconcileContext) -> Decision:
     """Follow the preparation; a plan counts a node that no run uses for now like one that is cordoned."""
-    gpu_nodes = tuple(_cordon(node, context.quarantined_nodes) for node in children.gpu_nodes)
+    gpu_nodes = children.gpu_nodes
+    if gpu_nodes is not None:
+        gpu_nodes = tuple(_cordon(node, context.quarantined_nodes) for node in gpu_nodes)
     placed = replace(job, spec=_add_placement(job.spec, context))
     return follow_preparation(placed, replace(children, gpu_nodes=gpu_nodes), number, context.now)
 

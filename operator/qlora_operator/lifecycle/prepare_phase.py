@@ -6,9 +6,11 @@ from datetime import datetime
 from qlora_api.names import Phase, prepare_job_name
 from qlora_api.prepared import Prepared
 from qlora_api.reasons import Reason
+from qlora_api.result import Result
 from qlora_api.v1alpha1 import Plan, Preparation
 from qlora_operator.lifecycle.exit_reasons import describe_missing_pod
 from qlora_operator.lifecycle.gang import classify_child
+from qlora_operator.lifecycle.planning import WAITING_FOR_NODES, plan_run
 from qlora_operator.lifecycle.prepare_retries import (
     LONGEST_PAUSE,
     count_failure,
@@ -24,11 +26,7 @@ from qlora_operator.lifecycle.prepare_retries import (
 from qlora_operator.lifecycle.queue import describe_wait
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.lifecycle.train_phase import PREPARE_SUCCESS_REASONS, decide_failed, make_attempt
-from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Manifest, Observation, Stage
-from qlora_planner import make_plan
-from qlora_planner.gpu_inventory import find_unusable_nodes, read_gpu_inventory
-from qlora_planner.models.shapes import MismatchError
-from qlora_planner.sizing import DoesNotFitError
+from qlora_operator.models import Action, ChildJob, Decision, Job, JobState, Observation, Stage
 
 
 def follow_preparation(job: Job, children: Observation, number: int, now: datetime) -> Decision:
@@ -40,7 +38,7 @@ def follow_preparation(job: Job, children: Observation, number: int, now: dateti
 
 def _wait_for_retry(job: Job, current: Preparation, now: datetime) -> Decision | None:
     """Wait for the end of the back-off after a recorded failure, then record the number of the next prepare Job."""
-    if current.reason is None or current.retry_at is None:
+    if current.reason is None or current.retry_at is None or current.reason in WAITING_FOR_NODES:
         return None
     waiting = Decision(Phase.PREPARING, current.reason, describe_retries(job, current))
     if now < current.retry_at:
@@ -63,8 +61,12 @@ def _follow_job(job: Job, children: Observation, current: Preparation, number: i
     prepared = state.termination_message.prepared if state.termination_message else None
     if state.reason not in PREPARE_SUCCESS_REASONS or prepared is None:
         return _retry_preparation(job, prepare, state, current, now) or decide_failed(state)
-    decision = _after_preparation(job, prepared, children.gpu_nodes, number)
-    return replace(decision, preparation=Preparation(number=current.number))
+    if prepared.published is not None:
+        decision = _decide_published(prepared, prepared.published)
+    else:
+        plan = plan_run(job, prepared, children.gpu_nodes, current, now)
+        decision = plan if isinstance(plan, Decision) else _start_training(job, prepared, plan, number)
+    return replace(decision, preparation=decision.preparation or Preparation(number=current.number))
 
 
 def _keep_failure_visible(job: Job, current: Preparation, state: JobState, action: Action = Action.NONE) -> Decision:
@@ -111,19 +113,13 @@ def _retry_unrecorded(prepare: ChildJob, state: JobState, now: datetime) -> Deci
     return Decision(Phase.PREPARING, state.reason, message, Action.PREPARE, preparation=following)
 
 
-def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, ...], number: int) -> Decision:
-    if prepared.published is not None:
-        message = f"the same result was published before as {prepared.published.adapter}"
-        return Decision(
-            Phase.SUCCEEDED, Reason.ALREADY_PUBLISHED, message, prepared=prepared, result=prepared.published
-        )
-    try:
-        plan = _plan_once(job, prepared, gpu_nodes)
-    except DoesNotFitError as error:
-        message = f"spec.model.uri: {prepared.model.architecture} {error}"
-        return Decision(Phase.FAILED, Reason.DOES_NOT_FIT, message, prepared=prepared)
-    except MismatchError as error:
-        return Decision(Phase.FAILED, Reason.INVALID_SPEC, str(error), prepared=prepared)
+def _decide_published(prepared: Prepared, result: Result) -> Decision:
+    message = f"the same result was published before as {result.adapter}"
+    return Decision(Phase.SUCCEEDED, Reason.ALREADY_PUBLISHED, message, prepared=prepared, result=result)
+
+
+def _start_training(job: Job, prepared: Prepared, plan: Plan, number: int) -> Decision:
+    """Record the plan; once it is in the status, create the Job of the attempt."""
     if job.status.plan != plan or job.status.output is None or job.status.output.digest != prepared.digest:
         message = "model, dataset and output were checked"
         return Decision(Phase.SCHEDULING, Reason.PREPARED, message, plan=plan, prepared=prepared, requeue_after=AT_ONCE)
@@ -137,13 +133,3 @@ def _after_preparation(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, 
         prepared=prepared,
         attempt=attempt,
     )
-
-
-def _plan_once(job: Job, prepared: Prepared, gpu_nodes: tuple[Manifest, ...]) -> Plan:
-    """Return the recorded plan if there is one, so that neither an upgrade nor new nodes change a run halfway."""
-    output = job.status.output
-    if job.status.plan is not None and output is not None and output.digest == prepared.digest:
-        return job.status.plan
-    resources = job.spec.resources
-    inventory, unusable = read_gpu_inventory(gpu_nodes, resources), find_unusable_nodes(gpu_nodes, resources)
-    return make_plan(job.spec, prepared, inventory, unusable)

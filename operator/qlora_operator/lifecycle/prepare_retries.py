@@ -48,7 +48,7 @@ def next_preparation(current: Preparation) -> Preparation:
 
 def next_try(failed: Preparation, now: datetime) -> Preparation:
     """Return a failed preparation that is tried again, with its failures; time without an operator is no patience."""
-    late = _absence(failed.retry_at, now)
+    late = absence(failed.retry_at, now)
     times = {name: _shift(getattr(failed, name), late, now) for name in ("missing_since", "failing_since")}
     return failed.model_copy(update={"number": failed.number + 1, "retry_at": None, **times})
 
@@ -104,10 +104,10 @@ def _time_without_node(prepare: ChildJob) -> timedelta:
 
 def _time_unseen(prepare: ChildJob, now: datetime) -> timedelta:
     """Return for how long the Job has been marked as failed; both times are the control plane's."""
-    return _absence(prepare.failure.at if prepare.failure else None, now)
+    return absence(prepare.failure.at if prepare.failure else None, now)
 
 
-def _absence(due: datetime | None, now: datetime) -> timedelta:
+def absence(due: datetime | None, now: datetime) -> timedelta:
     """Return for how long no operator was there to do what was due; a busy one is a little late."""
     late = now - due if due is not None else timedelta(0)
     return late if late > SHORTEST_ABSENCE else timedelta(0)
@@ -130,8 +130,12 @@ def describe_retries(job: Job, failed: Preparation) -> str:
     since, deadline = _since(failed), _deadline(job, failed)
     if since is None or deadline is None or failed.reason is Reason.TRAINER_ERROR:
         return f"{_sentence(failed)}; it is tried again"
-    until = f"{deadline:%H:%M}" if since.date() == deadline.date() else f"{deadline:%Y-%m-%d %H:%M}"
-    return f"{_sentence(failed)}; it is tried again until {until} UTC{_field(failed)}"
+    return f"{_sentence(failed)}; it is tried again until {format_until(since, deadline)}{_field(failed)}"
+
+
+def format_until(since: datetime, deadline: datetime) -> str:
+    """Return the end of a wait; with its date if that is another day than the start's."""
+    return f"{deadline:%H:%M} UTC" if since.date() == deadline.date() else f"{deadline:%Y-%m-%d %H:%M} UTC"
 
 
 def describe_end(failed: Preparation) -> str:

@@ -28,6 +28,8 @@ def make_node(
     capability: tuple[int, int] = (8, 6),
     *,
     allocatable: dict[str, str] | None = None,
+    capacity: str | None = None,
+    labelled: str | None = None,
     **spec: Any,
 ) -> dict[str, Any]:
     """A node with GPUs; labels as gpu-feature-discovery writes them."""
@@ -35,8 +37,10 @@ def make_node(
     labels = {"nvidia.com/gpu.product": product, "nvidia.com/gpu.compute.major": f"{major}", "zone": "a"}
     labels |= {"nvidia.com/gpu.replicas": replicas}
     labels |= {"nvidia.com/gpu.compute.minor": f"{minor}"} | ({"nvidia.com/gpu.memory": memory} if memory else {})
+    labels |= {"nvidia.com/gpu.count": labelled} if labelled else {}
     found = {"cpu": "8"} | ({"nvidia.com/gpu": gpus} if gpus else {}) | (allocatable or {})
-    return {"metadata": {"name": "n", "labels": labels}, "spec": spec, "status": {"allocatable": found}}
+    status = {"allocatable": found} | ({"capacity": {"nvidia.com/gpu": capacity}} if capacity else {})
+    return {"metadata": {"name": "n", "labels": labels}, "spec": spec, "status": status}
 
 
 A10 = GpuPool("NVIDIA-A10", 23_028 << 20, 1, 1, (8, 6))
@@ -81,12 +85,47 @@ def taint(key: str, effect: str = "NoSchedule") -> dict[str, str]:
         pytest.param({"taints": [taint("ToBeDeletedByClusterAutoscaler")]}, id="scaled-down"),
         pytest.param({"taints": [taint("karpenter.sh/disrupted")]}, id="consolidated"),
         pytest.param({"taints": [taint("node.cilium.io/agent-not-ready")]}, id="network-starts"),
+        pytest.param({"taints": [taint("startup-taint.cluster-autoscaler.kubernetes.io/gpu")]}, id="starts"),
+        pytest.param({"taints": [taint("ignore-taint.cluster-autoscaler.kubernetes.io/gpu")]}, id="starts-old"),
+        pytest.param({"taints": [taint("DeletionCandidateOfClusterAutoscaler")]}, id="scale-down-candidate"),
+        pytest.param({"taints": [taint("aws-node-termination-handler/spot-itn")]}, id="spot-interruption"),
+        pytest.param({"taints": [taint("cloud.google.com/impending-node-termination")]}, id="gke-maintenance"),
+        pytest.param({"taints": [taint("node.gke.io/unhealthy")]}, id="gke-repair"),
+        pytest.param({"taints": [taint("weave.works/kured-node-reboot")]}, id="reboot"),
+        pytest.param({"taints": [taint("remediation.medik8s.io/unhealthy")]}, id="remediation"),
+        pytest.param({"taints": [taint("nvsentinel.nvidia.com/quarantine")]}, id="gpu-remediation"),
+        pytest.param({"gpus": "0", "capacity": "1"}, id="device-plugin-restarts"),
+        pytest.param({"gpus": "0", "labelled": "1"}, id="device-plugin-is-away"),
+        pytest.param({"gpus": None, "labelled": "1"}, id="driver-upgrade"),
+        pytest.param({"gpus": "0", "labelled": "1", "unschedulable": True}, id="driver-upgrade-cordoned"),
     ],
 )
 def test_nodes_that_accept_no_pod_for_now_are_counted_as_unready(spec: dict[str, Any]) -> None:
     """A run that was planned during an upgrade must not be told that it fits nowhere."""
     (pool,) = read_gpu_inventory([make_node(), make_node(**spec)], ResourcesSpec())
     assert (pool.nodes, pool.unready, pool.count_pods(1), pool.count_pods(1, ready=True)) == (2, 1, 2, 1)
+
+
+def test_node_with_an_unhealthy_gpu_has_all_its_gpus_and_is_unready() -> None:
+    (pool,) = read_gpu_inventory([make_node(gpus="7", capacity="8")], ResourcesSpec())
+    assert (pool.gpus_per_node, pool.count_pods(8), pool.count_pods(8, ready=True)) == (8, 1, 0)
+
+
+def test_partitions_that_the_device_plugin_does_not_advertise_now_are_counted_by_their_label() -> None:
+    node = copy.deepcopy(MIXED)
+    node["metadata"]["labels"][f"{MIG}.count"] = "2"
+    node["status"]["allocatable"][MIG] = "0"
+    (pool,) = read_gpu_inventory([node], ResourcesSpec(gpu_resource=MIG))
+    assert (pool.gpus_per_node, pool.unready) == (2, 1)
+
+
+def test_divided_gpus_are_not_counted_as_whole_ones() -> None:
+    """The label of a node with the MIG strategy `mixed` counts all GPUs."""
+    node = copy.deepcopy(MIXED)
+    node["metadata"]["labels"]["nvidia.com/gpu.count"] = "5"
+    tolerant = ResourcesSpec.model_validate({"tolerations": [{"key": MIG, "operator": "Exists"}]})
+    (pool,) = read_gpu_inventory([node], tolerant)
+    assert (pool.gpus_per_node, pool.unready) == (4, 0)
 
 
 @pytest.mark.parametrize(

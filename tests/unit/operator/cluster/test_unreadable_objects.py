@@ -217,7 +217,7 @@ async def test_mutated_children_do_not_end_a_relist(job: Json, pod: Json) -> Non
 async def test_mutated_node_hides_no_other_node(node: Json) -> None:
     api = Answers([node, NODE])
     nodes = await KubeCluster(api, ChildCache()).find_gpu_nodes(NVIDIA)
-    products = [pool.product for pool in read_gpu_inventory(nodes, ResourcesSpec())]
+    products = [pool.product for pool in read_gpu_inventory(nodes or (), ResourcesSpec())]
     assert "NVIDIA-A10" in products
     assert "NVIDIA-A10" in [pool.product for pool in read_gpu_inventory([node, NODE], ResourcesSpec())]
 

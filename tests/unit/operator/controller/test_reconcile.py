@@ -20,9 +20,11 @@ from qlora_operator.controller.children import ADMISSION_DENIED_RETRY, NAME_CONF
 from qlora_operator.controller.reconcile import reconcile
 from qlora_operator.lifecycle import ReconcileContext
 from qlora_operator.lifecycle.job_deadline import SAFETY_MARGIN
+from qlora_operator.lifecycle.planning import LISTING_PATIENCE
+from qlora_operator.lifecycle.prepare_retries import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE
 from qlora_operator.models import Manifest
 from qlora_operator.resources import training_placement
-from tests.fakes import FakeCluster
+from tests.fakes import FakeCluster, wire_time
 from tests.make import (
     INSTALLATION,
     NOW,
@@ -449,12 +451,61 @@ async def test_run_is_sized_when_prepare_pod_has_ended() -> None:
 async def test_run_that_cannot_fit_requests_no_gpu() -> None:
     cluster = FakeCluster()
     await prepare_for_gpus(cluster, "llama-2-70b")
+    assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.PREPARING, Reason.DOES_NOT_FIT)
+    cluster.job["status"]["preparation"]["failingSince"] = wire_time(cluster.now - PATIENCE)
+    cluster.pass_time(LONGEST_PAUSE)
+    await reconcile_until_stable(cluster)
     assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.FAILED, Reason.DOES_NOT_FIT)
+    assert "; the nodes were checked again since " in cluster.status["message"]
     assert (
         "more than the 22.0 GiB that a process has on a NVIDIA-A10; it fits on a GPU with" in cluster.status["message"]
     )
     assert cluster.created == [PREPARE, PREPARE]
     assert "plan" not in cluster.status
+
+
+async def test_run_that_does_not_fit_is_planned_once_a_larger_gpu_is_there() -> None:
+    """A node without its labels, or with a taint for a repair, is back within minutes."""
+    cluster = FakeCluster()
+    await prepare_for_gpus(cluster, "llama-2-70b")
+    assert "; the nodes are checked again until 18:00 UTC" in cluster.status["message"]
+    assert cluster.status["preparation"]["retryAt"] <= wire_time(cluster.now + FIRST_PAUSE)
+    cluster.nodes.append(gpu_node("NVIDIA-A100-SXM4-80GB", 81_920))
+    cluster.pass_time(LONGEST_PAUSE)
+    await reconcile_until_stable(cluster)
+    assert cluster.status["plan"]["gpuProducts"] == ["NVIDIA-A100-SXM4-80GB"]
+    assert cluster.created == [PREPARE, PREPARE, TRAIN, TRAIN]
+    assert "reason" not in cluster.status["preparation"]
+
+
+async def test_time_without_an_operator_does_not_use_up_the_patience_with_a_run_that_does_not_fit() -> None:
+    cluster = FakeCluster()
+    await prepare_for_gpus(cluster, "llama-2-70b")
+    cluster.pass_time(timedelta(hours=9))
+    await reconcile_until_stable(cluster)
+    assert cluster.status["phase"] == Phase.PREPARING
+
+
+async def test_run_is_sized_although_listing_nodes_was_denied_for_a_moment() -> None:
+    cluster = FakeCluster()
+    cluster.may_list_nodes = False
+    await prepare_for_gpus(cluster, "llama-3.2-3b")
+    assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.PREPARING, Reason.PREPARING)
+    assert "may not list nodes" in cluster.status["message"]
+    cluster.may_list_nodes = True
+    cluster.pass_time(timedelta(seconds=30))
+    await reconcile_until_stable(cluster)
+    assert cluster.status["plan"]["peakBytes"] > 0
+
+
+async def test_run_is_planned_without_nodes_if_the_operator_may_never_list_them() -> None:
+    cluster = FakeCluster()
+    cluster.may_list_nodes = False
+    await prepare_for_gpus(cluster, "llama-3.2-3b")
+    cluster.pass_time(LISTING_PATIENCE)
+    await reconcile_until_stable(cluster)
+    assert cluster.status["plan"]["reasons"][-1] == "peak memory is not estimated: the operator may not list nodes"
+    assert cluster.created == [PREPARE, PREPARE, TRAIN, TRAIN]
 
 
 async def test_cpu_run_lists_no_nodes(cluster: FakeCluster) -> None:

@@ -8,7 +8,7 @@ from qlora_api.names import Role
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Preparation, QLoRAJobStatus
 from qlora_api.v1alpha1.status import OutputStatus
-from qlora_operator.lifecycle.prepare_phase import _after_preparation, follow_preparation
+from qlora_operator.lifecycle.prepare_phase import _start_training, follow_preparation
 from qlora_operator.lifecycle.prepare_retries import FIRST_PAUSE, current_preparation
 from qlora_operator.models import Action, ChildJob, Decision
 from qlora_planner.plan import make_plan
@@ -19,8 +19,8 @@ def decide_after_preparation(digest: str) -> tuple[Reason, Action | None]:
     """Decide for a run whose status has the same plan, and the output of some preparation."""
     prepared = make_prepared()
     output = OutputStatus(digest=digest, prefix=prepared.prefix)
-    status = QLoRAJobStatus(plan=make_plan(make_spec(), prepared), output=output)
-    decision = _after_preparation(make_job(status), prepared, (), 1)
+    plan = make_plan(make_spec(), prepared)
+    decision = _start_training(make_job(QLoRAJobStatus(plan=plan, output=output)), prepared, plan, 1)
     return decision.reason, decision.action
 
 
