@@ -453,7 +453,8 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         moments=_BOTH,
         domain=Domain.AUTHOR,
         background="The keys are wrong or missing, or the policy allows too little. During training it means that the "
-        "keys were changed or have expired since preparation.",
+        "keys were changed or have expired since preparation: the trainer reads the Secret again, and a run that has "
+        "trained for {going_minutes} min or wrote a checkpoint waits for new keys, with the budget of a service.",
         topic=Topic.CREDENTIALS,
         also_known_as=(
             "403 AccessDenied",
@@ -539,9 +540,11 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         moments=_BOTH,
         domain=Domain.RUN,
         next_attempt=RetryAction.SHRINK_MICRO_BATCH,
-        background="On a CPU another attempt with a smaller micro-batch may fix it. With a GPU there is none: the "
-        "container's memory then holds the dataset, and the model while it is loaded. The prepare pod has "
-        "{prepare_memory}, unless a QLoRAClass sets another limit, and is not retried.",
+        background="On a CPU another attempt with a smaller micro-batch may fix it. With a GPU the container's memory "
+        "holds the dataset, and the model while it is loaded, whatever the micro-batch. If the attempt had run for "
+        "{going_minutes} min or wrote a checkpoint, the node may have been short of memory, and there is one more "
+        "attempt, if possible on another node. The prepare pod has {prepare_memory}, unless a QLoRAClass sets another "
+        "limit, and is not retried.",
         topic=Topic.MEMORY,
         also_known_as=(
             "OOMKilled",

@@ -31,16 +31,19 @@ UNEXPLAINED_EXIT: Final = "wrote no termination message"
 
 
 class TerminationMessage(ReportedModel):
-    """A container's termination message: one line of JSON, at most TERMINATION_MESSAGE_BYTES."""
+    """A container's termination message: one line of JSON, at most TERMINATION_MESSAGE_BYTES.
+
+    In a pod with sidecars the kubelet cuts it earlier, so what is needed most comes first, and the text last.
+    """
 
     reason: Reason
-    message: str = ""
     step: int | None = None
     """Optimizer steps done."""
-    prepared: Prepared | None = None
-    result: Result | None = None
     checkpoint: Checkpoint | None = None
     """The newest complete checkpoint, if the run did not succeed."""
+    result: Result | None = None
+    prepared: Prepared | None = None
+    message: str = ""
 
 
 class Sample(ApiModel):

@@ -11,6 +11,7 @@ from qlora_api.v1alpha1.status import MAX_ATTEMPTS_LISTED
 from qlora_operator.lifecycle import prepare_retries
 from qlora_operator.lifecycle.budgets import BACKOFFS, LONGEST_PAUSE, MAX_LOST_ATTEMPTS, MAX_NODE_ATTEMPTS, PATIENCE
 from qlora_operator.lifecycle.quarantine import QUARANTINE
+from qlora_operator.lifecycle.retry_policy import GOT_GOING
 from qlora_operator.models import PREPARE_DEADLINE, PREPARE_MEMORY
 from qlora_operator.resources.event import EVENT_ACTIONS, INSTALLATION_REASON, QUARANTINE_REASON, event_type
 
@@ -46,6 +47,7 @@ FIGURES: Final = {
     "most_lost": MAX_LOST_ATTEMPTS,
     "node_attempts": MAX_NODE_ATTEMPTS,
     "quarantine_minutes": f"{QUARANTINE.total_seconds() / 60:g}",
+    "going_minutes": f"{GOT_GOING.total_seconds() / 60:g}",
     "check_minutes": f"{prepare_retries.LONGEST_PAUSE.total_seconds() / 60:g}",
     "check_hours": f"{prepare_retries.PATIENCE.total_seconds() / 3600:g}",
 }

@@ -133,6 +133,18 @@ class Exit:
     finished_at: datetime | None = None
 
 
+@dataclass(frozen=True)
+class InitContainer:
+    """The first init container of a pod that has not succeeded."""
+
+    name: str
+    waiting: str = ""
+    """Why it has not started, or why it is restarted; empty if it runs or has ended."""
+    running: bool = False
+    exit: Exit | None = None
+    """How it failed."""
+
+
 ENDED_POD_PHASES: Final = frozenset({"Succeeded", "Failed"})
 """Phases of a pod whose containers have all ended, so that the scheduler gives its GPUs to others."""
 
@@ -156,6 +168,8 @@ class Pod:
     """The scheduler's message while no node fits; empty otherwise."""
     started_at: datetime | None = None
     waiting: Waiting | None = None
+    init: InitContainer | None = None
+    """The init container that keeps its container from running; None if there is none."""
     exit: Exit | None = None
     disruption_message: str = ""
     """Message of the DisruptionTarget condition: preemption, eviction or drain."""
@@ -166,6 +180,8 @@ class Pod:
     message: str = ""
     index: int = 0
     """Completion index in its Job."""
+    containers: int = 0
+    """How many it has, with those that others added; 0 if unknown."""
     released_at: datetime | None = None
     """When the last of its containers ended, and with it the pod; None while one runs, or if that is unknown."""
 

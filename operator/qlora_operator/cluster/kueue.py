@@ -7,7 +7,8 @@ from typing import Any, Final
 from qlora_api import names
 from qlora_operator.cluster.http import Api, ApiError, NotFoundError
 from qlora_operator.cluster.interface import ClusterBusyError
-from qlora_operator.cluster.parse import Json, conditions_of, parse_time
+from qlora_operator.cluster.parse import Json, conditions_of
+from qlora_operator.cluster.parse_time import parse_time
 from qlora_operator.cluster.tolerant import check_types, parse_or_skip
 from qlora_operator.models import Workload
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
@@ -11,18 +11,16 @@ from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
 from qlora_api.v1alpha1.status import MAX_RETRY_REQUEST
 from qlora_operator.cluster.interface import PodIdentity, PodOwner
-from qlora_operator.cluster.tolerant import check_types, parse_or_skip
-from qlora_operator.models import (
-    ENDED_POD_PHASES,
-    ChildJob,
-    Exit,
-    JobFailure,
-    Observation,
-    Pod,
-    RawClass,
-    RawJob,
-    Waiting,
+from qlora_operator.cluster.parse_containers import (
+    container_state,
+    count_containers,
+    parse_exit,
+    parse_init,
+    parse_waiting,
 )
+from qlora_operator.cluster.parse_time import bounded_time, parse_time
+from qlora_operator.cluster.tolerant import check_types, parse_or_skip
+from qlora_operator.models import ENDED_POD_PHASES, ChildJob, JobFailure, Observation, Pod, RawClass, RawJob
 
 Json = Mapping[str, Any]
 Child = TypeVar("Child", ChildJob, Pod)
@@ -38,19 +36,9 @@ _FAILING: Final = ("FailureTarget", "Failed")
 """Conditions of a Job whose pods are being terminated, and of one whose pods have terminated."""
 
 
-_EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
-"""Bounds of a time that was read, so that adding a duration to it cannot overflow."""
-
-
-def parse_time(text: str | None) -> datetime | None:
-    """Parse an RFC 3339 time, which has a time zone."""
-    return min(max(datetime.fromisoformat(text), _EARLIEST), _LATEST) if text else None
-
-
 def created_at(item: Json) -> datetime:
     """Return when an object was created."""
-    return min(max(datetime.fromisoformat(item["metadata"]["creationTimestamp"]), _EARLIEST), _LATEST)
+    return bounded_time(item["metadata"]["creationTimestamp"])
 
 
 def parse_job(item: Json) -> RawJob:
@@ -322,7 +310,7 @@ def parse_pod(item: Json) -> Pod:
     metadata, status = item["metadata"], item.get("status", {})
     conditions = _conditions(item)
     disruption = conditions.get("DisruptionTarget", {})
-    state = _container_state(status)
+    state = container_state(status)
     started = state.get("running") or state.get("terminated") or {}
     return Pod(
         name=metadata["name"],
@@ -337,8 +325,10 @@ def parse_pod(item: Json) -> Pod:
         scheduled_at=_scheduled_at(item, conditions),
         unschedulable=_unschedulable(status),
         started_at=parse_time(started.get("startedAt")),
-        waiting=_waiting(state.get("waiting")),
-        exit=_exit(state.get("terminated")),
+        waiting=parse_waiting(state.get("waiting")),
+        init=parse_init(status),
+        containers=count_containers(item),
+        exit=parse_exit(state.get("terminated")),
         disruption_message=disruption.get("message", ""),
         disruption_reason=disruption.get("reason", ""),
         reason=status.get("reason", ""),
@@ -364,15 +354,6 @@ def _deletion_requested_at(metadata: Json) -> datetime | None:
     return ends - timedelta(seconds=grace) if ends is not None and grace is not None else None
 
 
-def _container_state(status: Json) -> Json:
-    states = (
-        container.get("state", {})
-        for container in status.get("containerStatuses") or ()
-        if container["name"] == names.CONTAINER
-    )
-    return next(states, {})
-
-
 def _scheduled_at(item: Json, conditions: dict[str, Json]) -> datetime | None:
     """Return when the pod was bound to its node; if no scheduler was involved, when it was created."""
     if "PodScheduled" in conditions:
@@ -385,18 +366,6 @@ def _unschedulable(status: Json) -> str:
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
             return str(condition.get("message", ""))
     return ""
-
-
-def _waiting(state: Json | None) -> Waiting | None:
-    return Waiting(state.get("reason", ""), state.get("message", "")) if state else None
-
-
-def _exit(state: Json | None) -> Exit | None:
-    if not state:
-        return None
-    return Exit(
-        state["exitCode"], state.get("reason", ""), state.get("message", ""), parse_time(state.get("finishedAt"))
-    )
 
 
 _ACCOUNT_PREFIX: Final = "system:serviceaccount:"

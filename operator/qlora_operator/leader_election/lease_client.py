@@ -7,7 +7,7 @@ from typing import Any, Final
 from qlora_api import names
 from qlora_operator.cluster.http import MERGE_PATCH, Api, ConflictError, NotFoundError
 from qlora_operator.cluster.interface import ClusterBusyError
-from qlora_operator.cluster.parse import parse_time
+from qlora_operator.cluster.parse_time import parse_time
 from qlora_operator.leader_election.lease import Lease
 from qlora_operator.models import Manifest
 

@@ -1,32 +1,27 @@
 """Classifies how a container or pod ended into one of the reasons of `qlora_api.reasons`; the first match wins."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Final, NamedTuple
-
-from pydantic import ValidationError
+from typing import Final
 
 from qlora_api.escapes import shell_command
 from qlora_api.names import Role
 from qlora_api.reasons import Domain, Reason
-from qlora_api.report import UNEXPLAINED_EXIT, TerminationMessage
-from qlora_api.tolerant_reader import ignore_unknown
+from qlora_api.report import UNEXPLAINED_EXIT
+from qlora_operator.lifecycle.disruptions import ExitCause, cause_of_disruption, cause_of_rejection, describe_init
+from qlora_operator.lifecycle.termination import POD_MESSAGE_BYTES, is_cut, parse_termination_message
 from qlora_operator.models import PREPARE_DEADLINE, PREPARE_MEMORY, ChildJob, Exit, JobState, Pod, Stage
 
 IMAGE_PULL_ERRORS: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"})
 CONTAINER_START_ERRORS: Final = frozenset({"StartError", "ContainerCannotRun", "CreateContainerError"})
 SIGTERM_EXIT: Final = 128 + 15
 SIGKILL_EXIT: Final = 128 + 9
-EVICTED: Final = "Evicted"
-"""status.reason of a pod that the kubelet evicted because its node ran short of a resource."""
-DISRUPTION_REASONS: Final = {
-    "PreemptionByScheduler": Reason.PREEMPTED,
-    "DeletionByTaintManager": Reason.NODE_LOST,
-    "DeletionByPodGC": Reason.NODE_LOST,
-}
-"""By reason of the DisruptionTarget condition (Kubernetes documentation, Disruptions); any other is a drain."""
+UNKNOWN_EXIT: Final = (255, "Unknown")
+"""Exit of a container that containerd no longer finds, as after a reboot of the node (containerd, pkg/cri/server)."""
+OOM_KILLED: Final = "OOMKilled"
+_OOM_SYMPTOMS: Final = frozenset({Reason.TRAINER_ERROR, Reason.COLLECTIVE_TIMEOUT})
+"""What the main process may report after the kernel killed another process of its container."""
 NODE_GRACE_PERIOD: Final = timedelta(seconds=30)
 """A healthy kubelet terminates a pod within its grace period; this is time for it to report that."""
 POD_CREATION_TIME: Final = timedelta(seconds=15)
@@ -35,55 +30,27 @@ LONGEST_EVENT_LOOKUP: Final = timedelta(minutes=5)
 """Longest time between two lookups of the Events of a Job without a pod."""
 LOG_LINES: Final = 5
 """Last log lines that a status message quotes."""
-MAX_REASON: Final = 64
-"""Characters of an unknown reason that a status message quotes."""
 MAX_LOG: Final = 1000
 """Characters of log that a status message quotes at most."""
 
 
-class ExitCause(NamedTuple):
-    """Why a container ended."""
-
-    reason: Reason
-    message: str
-    domain: Domain | None = None
-    """Where the cause lies, if not where the reason's record says."""
-
-
-def parse_termination_message(text: str) -> TerminationMessage | None:
-    """Parse a termination message; if Kubernetes fell back to the log, it is the last line of that."""
-    for candidate in (text.strip(), text.strip().rpartition("\n")[2]):
-        try:
-            return ignore_unknown(TerminationMessage, candidate, "a termination message")
-        except ValidationError as error:
-            if (message := _with_unknown_reason(candidate, error)) is not None:
-                return message
-    return None
-
-
-def _with_unknown_reason(text: str, error: ValidationError) -> TerminationMessage | None:
-    """Parse a message of a newer trainer that is invalid by its reason only: its facts say what has happened."""
-    invalid = [entry for entry in error.errors() if entry["type"] != "extra_forbidden"]
-    if [(entry["loc"], entry["type"]) for entry in invalid] != [(("reason",), "enum")]:
+def _cut_short(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
+    """Name the limit that cut the details of a success out of its message; what was published is found again."""
+    message = parse_termination_message(end.message)
+    if message is None or message.prepared or message.result or not is_cut(end.message):
         return None
-    document = json.loads(text)
-    try:
-        message = ignore_unknown(TerminationMessage, {**document, "reason": Reason.TRAINER_ERROR}, "a message")
-    except ValidationError:  # of the numbers, which are checked last
-        return None
-    if message.prepared is not None:
-        reason = Reason.ALREADY_PUBLISHED if message.prepared.published else Reason.PREPARED
-        return message.model_copy(update={"reason": reason})
-    if message.result is not None:
-        return message.model_copy(update={"reason": Reason.PUBLISHED})
-    unknown = f"the trainer is of another version and ended with {str(document['reason'])[:MAX_REASON]!r}"
-    return message.model_copy(update={"message": f"{unknown}: {message.message}"})
+    limit = f"the kubelet keeps {POD_MESSAGE_BYTES} bytes for all containers of a pod"
+    count = f", and this one has {pod.containers}" if pod.containers else ""
+    what = f"the termination message of pod {pod.name} was cut after {len(end.message.encode())} bytes: {limit}{count}"
+    if message.reason in {Reason.PREPARED, Reason.ALREADY_PUBLISHED}:
+        return ExitCause(Reason.POD_REJECTED, f"{what}; let nothing add containers to the pods of runs")
+    return ExitCause(Reason.POD_LOST, what) if message.reason is Reason.PUBLISHED else None
 
 
 def _from_termination_message(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
     """Use the termination message whatever the exit code: a SIGTERM after publishing does not undo the result."""
     message = parse_termination_message(end.message)
-    if message is None:
+    if message is None or (end.reason == OOM_KILLED and message.reason in _OOM_SYMPTOMS):
         return None
     # The trainer knows that it was interrupted, the cluster by whom.
     disruption = cause_of_disruption(pod) if message.reason is Reason.INTERRUPTED else None
@@ -91,11 +58,12 @@ def _from_termination_message(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | N
 
 
 def _out_of_memory(child: ChildJob, _: Pod, end: Exit) -> ExitCause | None:
-    if end.reason != "OOMKilled":
+    if end.reason != OOM_KILLED:
         return None
-    return ExitCause(
-        Reason.HOST_OUT_OF_MEMORY, f"the {_describe_role(child.role)} pod exceeded its memory limit ({_memory(child)})"
-    )
+    symptom = parse_termination_message(end.message)
+    seen = f"; one of its processes ended with {symptom.reason}: {symptom.message}" if symptom else ""
+    what = f"the {_describe_role(child.role)} pod exceeded its memory limit ({_memory(child)}){seen}"
+    return ExitCause(Reason.HOST_OUT_OF_MEMORY, what)
 
 
 def _memory(child: ChildJob) -> str:
@@ -108,16 +76,6 @@ def _memory(child: ChildJob) -> str:
 
 def _describe_role(role: Role) -> str:
     return "prepare" if role is Role.PREPARE else "training"
-
-
-def cause_of_disruption(pod: Pod) -> ExitCause | None:
-    """Return who disrupted a pod, if the cluster recorded it."""
-    if pod.reason == EVICTED:
-        return ExitCause(Reason.EVICTED, f"pod {pod.name} was evicted from node {pod.node}: {pod.message}")
-    if not pod.disruption_reason:
-        return None
-    reason = DISRUPTION_REASONS.get(pod.disruption_reason, Reason.INTERRUPTED)
-    return ExitCause(reason, f"pod {pod.name} on node {pod.node}: {pod.disruption_message or pod.disruption_reason}")
 
 
 def _disrupted(_: ChildJob, pod: Pod, __: Exit) -> ExitCause | None:
@@ -139,7 +97,7 @@ def _killed(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
 
 
 def _node_lost(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
-    if end.reason != "ContainerStatusUnknown":
+    if end.reason != "ContainerStatusUnknown" and (end.code, end.reason) != UNKNOWN_EXIT:
         return None
     return ExitCause(Reason.NODE_LOST, pod.message or f"node {pod.node} lost the container of pod {pod.name}")
 
@@ -160,6 +118,7 @@ def _unknown(_: ChildJob, pod: Pod, end: Exit) -> ExitCause:
 
 
 _EXIT_CAUSES: Final[tuple[Callable[[ChildJob, Pod, Exit], ExitCause | None], ...]] = (
+    _cut_short,
     _from_termination_message,
     _out_of_memory,
     _disrupted,
@@ -182,7 +141,8 @@ def ended_state(reason: Reason, message: str) -> JobState:
 
 
 def _ended_on_node(pod: Pod, cause: ExitCause) -> JobState:
-    return JobState(Stage.ENDED, cause.reason, cause.message, domain=cause.domain, node=pod.node)
+    stage = Stage.LOST if cause.reason is Reason.POD_LOST else Stage.ENDED
+    return JobState(stage, cause.reason, cause.message, domain=cause.domain, node=pod.node)
 
 
 def classify_exit(child: ChildJob, pod: Pod, end: Exit) -> JobState:
@@ -203,8 +163,7 @@ def classify_rejection(child: ChildJob, pod: Pod) -> JobState:
     if pod.deleting:
         message = f"pod {pod.name} was deleted before its container ran"
         return ended_state(Reason.INTERRUPTED, message)
-    message = pod.message or f"pod {pod.name} failed before its container ran"
-    return _ended_on_node(pod, ExitCause(Reason.POD_REJECTED, message))
+    return _ended_on_node(pod, cause_of_rejection(pod))
 
 
 def is_abandoned(pod: Pod, now: datetime) -> bool:
@@ -284,10 +243,18 @@ def _classify_startup(pod: Pod, role: Role, deadline: datetime, startup: timedel
     reason = Reason.IMAGE_PULL_FAILED if is_image_error else Reason.STARTUP_DEADLINE_EXCEEDED
     limit = f"{format_seconds(startup)} (spec.deadlines.startup)"
     message = f"pod {pod.name} did not start on node {pod.node} within {limit}: {waiting}"
-    return _ended_on_node(pod, ExitCause(reason, message))
+    # What others put before the trainer waits for a service of theirs, such as Vault.
+    return _ended_on_node(pod, ExitCause(reason, message, Domain.SERVICE if _waits_for_init(pod) else None))
+
+
+def _waits_for_init(pod: Pod) -> bool:
+    """Return whether an init container has started and not ended; the image of one may be what is missing."""
+    return pod.init is not None and pod.init.running
 
 
 def _describe_waiting(pod: Pod) -> str:
+    if pod.init is not None:
+        return describe_init(pod.init)
     if pod.waiting is None:
         return "volumes or the pod sandbox are not ready"
     return ": ".join(filter(None, (pod.waiting.reason, pod.waiting.message)))

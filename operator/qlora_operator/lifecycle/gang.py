@@ -22,9 +22,9 @@ from qlora_operator.lifecycle.exit_reasons import (
     ended_state,
     format_seconds,
     is_abandoned,
-    parse_termination_message,
 )
 from qlora_operator.lifecycle.queue import next_queue_lookup
+from qlora_operator.lifecycle.termination import parse_termination_message
 from qlora_operator.models import ChildJob, Job, JobState, Pod, Stage, earliest
 
 PEER_PATIENCE: Final = timedelta(minutes=5)

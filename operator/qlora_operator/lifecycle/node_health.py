@@ -22,8 +22,9 @@ AVOIDANCE: Final = timedelta(minutes=10)
 """How long a run does not return to a node that ended its attempt: time for a driver or a kubelet to restart."""
 _DEVICES_FAILED: Final = re.compile(r"Allocate failed due to |nvidia-container-cli: |NVML", re.IGNORECASE)
 """What only a device plugin or a driver says: in the kubelet's words, which no pod can write."""
-_LEFT_NODE: Final = frozenset({Reason.NODE_LOST, Reason.INTERRUPTED})
-"""A node that went down is empty when it comes back, so the scheduler would choose it again, sound or not."""
+_LEFT_NODE: Final = frozenset({Reason.NODE_LOST, Reason.INTERRUPTED, Reason.POD_REJECTED})
+"""The scheduler would choose the node again, sound or not: one that went down is empty when it comes back, and one that
+refused a pod for its topology looks as if it had room."""
 
 
 def is_blamed(attempt: Attempt) -> bool:

@@ -10,7 +10,7 @@ from qlora_api.names import MOST_PREPARATIONS
 from qlora_api.reasons import REASONS, Domain, Reason
 from qlora_api.v1alpha1 import Preparation, QLoRAJobStatus
 from qlora_operator.lifecycle.context import startup_timeout
-from qlora_operator.lifecycle.exit_reasons import parse_termination_message
+from qlora_operator.lifecycle.termination import parse_termination_message
 from qlora_operator.models import ChildJob, Job, JobState, Observation
 
 FIRST_PAUSE: Final = timedelta(seconds=15)

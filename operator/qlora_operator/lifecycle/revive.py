@@ -25,8 +25,9 @@ def revive(job: Job, now: datetime) -> Decision | None:
         return None
     attempts = job.status.attempts
     last = attempts[-1] if attempts else None
-    # What nodes, services and the cluster took has no limit in the spec: raising maxAttempts grants all of it again.
-    forgive = raised == "spec.retries.maxAttempts" and last is not None and domain_of(last) is not Domain.RUN
+    # What nodes, services and the cluster took has no limit in the spec: raising maxAttempts grants all of it again,
+    # and so does a later deadline for what they did not start in time.
+    forgive = job.status.reason is Reason.RETRIES_EXHAUSTED and last is not None and domain_of(last) is not Domain.RUN
     forgiven = last.number if forgive and last else job.status.forgiven_attempts
     status = job.status.model_copy(update={"forgiven_attempts": forgiven})
     if attempts and find_exhausted(job.spec, status, attempts, now):
@@ -50,6 +51,10 @@ def _raised_field(job: Job, now: datetime) -> str | None:
     match job.status.reason:
         case Reason.RETRIES_EXHAUSTED if before and job.spec.retries.max_attempts > before.max_attempts:
             return "spec.retries.maxAttempts"
+        case Reason.RETRIES_EXHAUSTED if (
+            before and _is_longer(deadlines.startup, before.startup) and _never_started(job)
+        ):
+            return "spec.deadlines.startup"
         case Reason.DEADLINE_EXCEEDED if (
             before and _is_longer(deadlines.total, before.total) and _ran_out(job, before, now)
         ):
@@ -68,6 +73,12 @@ def _ran_out(job: Job, before: RetryLimits, now: datetime) -> bool:
 
 def _waited_for_startup(reason: Reason | None) -> bool:
     return reason is Reason.STARTUP_DEADLINE_EXCEEDED or (reason is not None and REASONS[reason].appears_late)
+
+
+def _never_started(job: Job) -> bool:
+    """Return whether the budget of the nodes was spent by pods that did not start in time."""
+    last = job.status.attempts[-1] if job.status.attempts else None
+    return last is not None and last.reason in {Reason.STARTUP_DEADLINE_EXCEEDED, Reason.IMAGE_PULL_FAILED}
 
 
 def _is_longer(duration: str, other: str) -> bool:

@@ -16,7 +16,7 @@ from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME
 from qlora_operator.lifecycle.gang import classify_child
 from qlora_operator.lifecycle.node_health import avoided_nodes, find_released
 from qlora_operator.lifecycle.queue import describe_wait
-from qlora_operator.lifecycle.retry_policy import AT_ONCE, choose_remedy, shrink
+from qlora_operator.lifecycle.retry_policy import AT_ONCE, choose_remedy, find_domain, shrink
 from qlora_operator.models import ChildJob, Decision, Job, JobState, Pod, Stage, earliest
 
 DEADLINE_TOLERANCE: Final = timedelta(minutes=1)
@@ -79,7 +79,7 @@ def follow_training(job: Job, train: ChildJob, context: ReconcileContext) -> Dec
     """Decide what follows from the state of a training Job."""
     state, attempt = classify_child(job, train, context.now), observed_attempt(job, train, context)
     if state.stage is Stage.LOST:
-        return decide_lost(job, attempt, context.now)
+        return decide_lost(job, attempt, context.now, state.message)
     if state.reason is Reason.QUEUED:
         message = _describe_queued(job, train, state, attempt, context.now)
         requeue_at = earliest(context.now, next_suspension_lookup(train, context.now), state.requeue_at)
@@ -198,9 +198,9 @@ def decide_failed(state: JobState) -> Decision:
     return Decision(Phase.FAILED, state.reason, state.message)
 
 
-def decide_lost(job: Job, attempt: Attempt, now: datetime) -> Decision:
+def decide_lost(job: Job, attempt: Attempt, now: datetime, message: str = "") -> Decision:
     """Record an attempt without a known end, and prepare again: prepare finds the result if it was published."""
-    message = f"Job {attempt.job} disappeared without a termination message"
+    message = message or f"Job {attempt.job} disappeared without a termination message"
     lost = end_attempt(attempt, Reason.POD_LOST, message, now)
     if exhausted := find_exhausted(job.spec, job.status, (*_earlier_attempts(job, lost), lost), now):
         return Decision(Phase.FAILED, exhausted.reason, f"{exhausted.message}: {message}", attempt=lost)
@@ -222,6 +222,8 @@ def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime, con
             "checkpoint_step": _newest_checkpoint_step(job, state, context),
         }
     )
+    if domain := find_domain(state, job.status.plan, (*_earlier_attempts(job, ended), ended), at):
+        state, ended = replace(state, domain=domain), ended.model_copy(update={"domain": domain})
     decision = _retry(job, state, ended, context.bad_nodes) or failed
     return replace(
         decision,

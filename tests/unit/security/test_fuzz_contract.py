@@ -21,7 +21,7 @@ from qlora_api.v1alpha1.types import Duration
 from qlora_cli.manifests.loader import ManifestError, parse_manifest
 from qlora_cli.manifests.yaml_documents import YamlError, parse_documents, parse_value
 from qlora_cli.podlogs.lines import parse_line
-from qlora_operator.lifecycle.exit_reasons import parse_termination_message
+from qlora_operator.lifecycle.termination import parse_termination_message
 from qlora_planner import make_plan
 from qlora_planner.gpu_inventory import GpuPool
 from qlora_planner.models.families import FAMILIES, read_recorded_shape

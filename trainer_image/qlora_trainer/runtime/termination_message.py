@@ -11,6 +11,8 @@ from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_trainer.errors import RunError
 
 _ELLIPSIS = "…"
+_SHARED_BYTES = 1024
+"""What the kubelet leaves of a message in a pod of twelve containers: it keeps 12 KiB for all of them."""
 
 
 def failure_message(error: RunError, checkpoint: Checkpoint | None = None) -> TerminationMessage:
@@ -52,12 +54,12 @@ class TerminationMessageWriter:
 
 
 def to_json_line(message: TerminationMessage, limit: int = TERMINATION_MESSAGE_BYTES) -> str:
-    """Return JSON of at most `limit` bytes; if needed, without URIs that the operator knows, and with a shorter text.
+    """Return JSON of at most `limit` bytes; without URIs that the operator knows, and with a shorter text, if needed.
 
     What remains is bounded by the models: 2 KiB of the model's configuration, and numbers.
     """
     line = _dump(message)
-    if len(line.encode()) > limit and message.prepared is not None:
+    if len(line.encode()) > min(limit, _SHARED_BYTES) and message.prepared is not None:
         message = message.model_copy(update={"prepared": message.prepared.without_known_uris()})
         line = _dump(message)
     # A character takes up to six bytes when escaped, so the length is found by binary search.

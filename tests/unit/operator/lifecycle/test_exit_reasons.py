@@ -23,6 +23,7 @@ from tests.make import (
 
 STARTUP: Final = timedelta(minutes=30)
 LONG_AGO: Final = NOW - STARTUP
+CUT: Final = make_exit(0, PREPARED_MESSAGE[:300])
 FAILED: Final = JobFailure("BackoffLimitExceeded", "Job has reached the specified backoff limit")
 
 
@@ -88,6 +89,36 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
             Reason.DEADLINE_EXCEEDED,
             "exceeded its deadline of 3600 seconds (fixed for a prepare pod)",
             id="deadline-of-prepare",
+        ),
+        pytest.param(
+            ended_child(
+                make_exit(1, make_termination_message(Reason.TRAINER_ERROR, "DataLoader worker is killed"), "OOMKilled")
+            ),
+            Reason.HOST_OUT_OF_MEMORY,
+            "(spec.resources.memory); one of its processes ended with TrainerError: DataLoader worker is killed",
+            id="oom-of-a-data-loader",
+        ),
+        pytest.param(
+            ended_child(make_exit(1, make_termination_message(Reason.COLLECTIVE_TIMEOUT, "rank 1"), "OOMKilled")),
+            Reason.HOST_OUT_OF_MEMORY,
+            "CollectiveTimeout: rank 1",
+            id="oom-of-another-process",
+        ),
+        pytest.param(
+            ended_child(make_exit(0, PUBLISHED_MESSAGE, "OOMKilled")), Reason.PUBLISHED, "", id="oom-after-publication"
+        ),
+        pytest.param(
+            make_child(Role.PREPARE, pod=make_pod(phase="Succeeded", exit=CUT, containers=6), complete=True),
+            Reason.POD_REJECTED,
+            "was cut after 300 bytes: the kubelet keeps 12288 bytes for all containers of a pod, and this one has 6; "
+            "let nothing add",
+            id="prepared-and-cut",
+        ),
+        pytest.param(
+            ended_child(make_exit(3, make_termination_message(Reason.DATASET_INVALID, "row 7: " + "x" * 900)[:200])),
+            Reason.DATASET_INVALID,
+            "row 7: xxx",
+            id="failed-and-cut",
         ),
         pytest.param(
             ended_child(make_exit(143)), Reason.INTERRUPTED, "stopped by SIGTERM (exit code 143)", id="sigterm"
@@ -276,3 +307,9 @@ def test_running_pod_maps_to_state(child: ChildJob, stage: Stage, reason: Reason
 def test_startup_ends_at_deadline() -> None:
     child = make_child(pod=make_pod(phase="Pending", started_at=None))
     assert classify(child, STARTUP, NOW).requeue_at == NOW + timedelta(minutes=25)
+
+
+def test_publication_whose_details_were_cut_is_looked_for() -> None:
+    state = classify(ended_child(make_exit(0, PUBLISHED_MESSAGE[:60])), STARTUP, NOW)
+    assert (state.stage, state.reason) == (Stage.LOST, Reason.POD_LOST)
+    assert "was cut after 60 bytes" in state.message

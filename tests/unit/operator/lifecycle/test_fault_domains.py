@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -10,6 +10,7 @@ from qlora_api import names
 from qlora_api.names import Phase
 from qlora_api.reasons import Domain, Reason
 from qlora_api.v1alpha1 import Attempt, Checkpoint, Progress
+from qlora_operator.lifecycle import is_blamed
 from tests.fakes import FakeCluster
 from tests.make import (
     NOW,
@@ -103,10 +104,6 @@ def never_starts(reason: str) -> Fault:
 
 NODE_FAULTS: dict[str, Fault] = {
     "refused-after-a-reboot": refuses("UnexpectedAdmissionError", "requested number of devices unavailable"),
-    "refused-by-a-node-that-shuts-down": refuses("NodeShutdown", "is shutting down"),
-    "out-of-gpus": refuses("OutOfnvidia.com/gpu", "Node didn't have enough resource"),
-    "affinity-no-longer-matches": refuses("NodeAffinity", "Predicate failed"),
-    "terminated-by-the-kubelet": refuses("Terminated", "Pod was terminated"),
     "driver-not-loaded": exits(128, "StartError", "nvml error: driver not loaded"),
     "container-cannot-run": exits(127, "ContainerCannotRun", "no such file"),
     "image-not-pulled": never_starts("ImagePullBackOff"),
@@ -140,6 +137,131 @@ async def test_node_fault_is_retried_on_another_node(cluster: FakeCluster, fault
     cluster.end_pod(train(2), 0, PUBLISHED_MESSAGE)
     await reconcile_until_stable(cluster)
     assert outcome(cluster) == ("Succeeded", "Published")
+
+
+CLUSTER_FAULTS: dict[str, Fault] = {
+    "refused-by-a-node-that-shuts-down": refuses("NodeShutdown", "is shutting down"),
+    "terminated-by-the-kubelet": refuses("Terminated", "Pod was terminated"),
+    "deadline-of-a-policy": refuses("DeadlineExceeded", "Pod was active on the node longer than the deadline"),
+    "out-of-gpus": refuses("OutOfnvidia.com/gpu", "Node didn't have enough resource"),
+    "affinity-no-longer-matches": refuses("NodeAffinity", "Predicate failed"),
+    "topology": refuses("TopologyAffinityError", "Resources cannot be allocated with Topology locality"),
+    "rebooted": exits(255, "Unknown"),
+}
+
+
+@pytest.mark.parametrize("fault", CLUSTER_FAULTS.values(), ids=CLUSTER_FAULTS)
+async def test_lack_of_room_is_waited_for_and_blames_no_node(cluster: FakeCluster, fault: Fault) -> None:
+    await start(cluster)
+    for number in range(1, 9):
+        fault(cluster, train(number))
+        await reconcile_until_stable(cluster)
+        await wait(cluster, timedelta(minutes=11))
+    assert cluster.status["phase"] == Phase.SCHEDULING
+    attempts = [Attempt.model_validate(attempt) for attempt in cluster.status["attempts"] if "reason" in attempt]
+    assert [attempt.domain for attempt in attempts] == [Domain.CLUSTER] * 8
+    assert not any(map(is_blamed, attempts))
+    preferred = affinity_of(cluster, 9)["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert preferred[0]["preference"]["matchFields"][0]["values"] == ["node-1"]
+
+
+VAULT: Final = {
+    "name": "vault-agent-init",
+    "state": {"terminated": {"exitCode": 1, "reason": "Error", "message": "connection refused"}},
+}
+
+
+async def test_failed_init_container_is_named_and_waited_for(cluster: FakeCluster) -> None:
+    await start(cluster)
+    for number in range(1, 9):
+        ready = {"name": "wait", "state": {"terminated": {"exitCode": 0, "reason": "Completed"}}}
+        fail(cluster, train(number), {"waiting": {"reason": "PodInitializing"}}, initContainerStatuses=[ready, VAULT])
+        await reconcile_until_stable(cluster)
+        await wait(cluster, timedelta(minutes=11))
+    assert cluster.status["phase"] == Phase.SCHEDULING
+    first = cluster.status["attempts"][0]
+    assert (first["reason"], first["domain"]) == (Reason.POD_REJECTED, Domain.SERVICE)
+    assert "init container vault-agent-init exited with code 1 (Error: connection refused)" in first["message"]
+
+
+@pytest.mark.parametrize(
+    ("state", "said", "domain"),
+    [
+        pytest.param({"running": {}}, "init container vault-agent-init has not ended", Domain.SERVICE, id="hangs"),
+        pytest.param(
+            {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}},
+            "init container vault-agent-init has not ended (ImagePullBackOff no such image)",
+            Domain.NODE,
+            id="its-image-is-missing",
+        ),
+        pytest.param({"waiting": {"reason": "PodInitializing"}}, ": PodInitializing", Domain.NODE, id="not-begun"),
+    ],
+)
+async def test_pod_that_does_not_start_names_the_init_container_that_it_waits_for(
+    cluster: FakeCluster, state: dict[str, Any], said: str, domain: Domain
+) -> None:
+    await start(cluster)
+    statuses = [{"name": "proxy", "started": True, "state": {"running": {}}}, {**VAULT, "state": state}]
+    cluster.set_pod(TRAIN, "Pending", {"waiting": {"reason": "PodInitializing"}}, initContainerStatuses=statuses)
+    cluster.pass_time(timedelta(minutes=31))
+    await reconcile_until_stable(cluster)
+    [first] = cluster.status["attempts"]
+    assert (first["reason"], first["domain"]) == (Reason.STARTUP_DEADLINE_EXCEEDED, domain)
+    assert said in first["message"]
+
+
+def exceed_memory(cluster: FakeCluster, number: int, after: timedelta) -> None:
+    cluster.start_pod(train(number))
+    cluster.pass_time(after)
+    cluster.end_pod(train(number), 137, "", keep_start=True)
+    cluster.pods[train(number)]["status"]["containerStatuses"][0]["state"]["terminated"]["reason"] = "OOMKilled"
+
+
+async def test_gpu_run_that_exceeds_its_memory_late_is_retried_once_on_another_node() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest(resources={"gpusPerNode": 1}))
+    await start(cluster)
+    exceed_memory(cluster, 1, timedelta(hours=20))
+    await reconcile_until_stable(cluster)
+    assert cluster.status["attempts"][0]["domain"] == Domain.NODE
+    await wait(cluster, timedelta(minutes=1))
+    preferred = affinity_of(cluster, 2)["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert preferred[0]["preference"]["matchFields"][0]["values"] == ["node-1"]
+    exceed_memory(cluster, 2, timedelta(hours=20))
+    await reconcile_until_stable(cluster)
+    assert outcome(cluster) == ("Failed", "HostOutOfMemory")
+
+
+async def test_gpu_run_that_exceeds_its_memory_while_it_loads_is_not_retried() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest(resources={"gpusPerNode": 1}))
+    await start(cluster)
+    exceed_memory(cluster, 1, timedelta(minutes=3))
+    await reconcile_until_stable(cluster)
+    assert outcome(cluster) == ("Failed", "HostOutOfMemory")
+
+
+@pytest.mark.parametrize(("hours", "phase"), [(20, Phase.SCHEDULING), (0, Phase.FAILED)])
+@pytest.mark.parametrize("reason", [Reason.S3_DENIED, Reason.GATED_MODEL_NO_ACCESS])
+async def test_run_that_had_access_waits_for_renewed_keys(
+    cluster: FakeCluster, reason: Reason, hours: int, phase: Phase
+) -> None:
+    await start(cluster)
+    cluster.start_pod(TRAIN)
+    cluster.pass_time(timedelta(hours=hours))
+    denied = make_termination_message(reason, "ExpiredToken")
+    cluster.end_pod(TRAIN, 1, denied, keep_start=True)
+    await reconcile_until_stable(cluster)
+    assert cluster.status["phase"] == phase
+    if phase is Phase.FAILED:
+        return
+    for number in range(2, 20):
+        await wait(cluster, timedelta(minutes=11))
+        cluster.start_pod(train(number))
+        cluster.end_pod(train(number), 1, denied, keep_start=True)
+        await reconcile_until_stable(cluster)
+    assert cluster.status["phase"] == Phase.SCHEDULING
+    assert cluster.status["attempts"][-1]["domain"] == Domain.SERVICE
 
 
 @pytest.mark.parametrize("fault", NODE_FAULTS.values(), ids=NODE_FAULTS)

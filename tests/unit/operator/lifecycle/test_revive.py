@@ -102,9 +102,27 @@ async def test_raised_max_attempts_forgives_what_nodes_took(cluster: FakeCluster
     await succeed(cluster, 8)
 
 
+async def test_later_startup_deadline_continues_a_run_whose_pods_did_not_start_in_time(cluster: FakeCluster) -> None:
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
+    for number in range(1, 7):
+        cluster.set_pod(train(number), "Pending", {"waiting": {"reason": "ContainerCreating"}})
+        cluster.pass_time(timedelta(minutes=31))
+        await reconcile_until_stable(cluster)
+        cluster.pass_time(timedelta(minutes=11))
+        await reconcile_until_stable(cluster)
+    assert outcome(cluster) == ("Failed", "RetriesExhausted")
+    cluster.change(deadlines={"total": "1h", "startup": "2h"})
+    await reconcile_until_stable(cluster)
+    assert cluster.status["forgivenAttempts"] == 6
+    await succeed(cluster, 7)
+
+
 @pytest.mark.parametrize(
     ("fail", "change"),
     [
+        pytest.param(exhaust_nodes, {"deadlines": {"total": "1h", "startup": "9h"}}, id="pods-that-did-start"),
         pytest.param(run_out_of_memory, {"ttl": "24h"}, id="another-field"),
         pytest.param(run_out_of_memory, {"deadlines": {"total": "9h"}}, id="another-limit"),
         pytest.param(run_out_of_memory, {"retries": {"maxAttempts": 1}}, id="the-same"),
@@ -119,7 +137,7 @@ async def test_other_change_of_spec_continues_nothing(cluster: FakeCluster, fail
     cluster.change(**change)
     await reconcile_until_stable(cluster)
     assert outcome(cluster) == before
-    assert ("Job", train(2)) not in cluster.children
+    assert ("Job", train(1 + len(cluster.status["attempts"]))) not in cluster.children
 
 
 async def test_author_must_act_whatever_is_raised(cluster: FakeCluster) -> None:
