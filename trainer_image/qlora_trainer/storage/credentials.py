@@ -1,7 +1,8 @@
 """Credentials from mounted Secrets in a pod, or from the environment in a local run. Values are never logged."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,10 +38,17 @@ class Credentials:
     """Credentials of one role; without keys, the library's own default chain applies."""
 
     keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    folder: Path | None = None
+    """Where the kubelet mounts the Secret, and updates it; None outside a pod."""
 
     def get(self, key: str) -> str | None:
         """Return the value of a key, or None if it is missing or empty."""
         return self.keys.get(key) or None
+
+    def reread(self) -> "Credentials":
+        """Return the keys that the mounted Secret has now, or these ones if it has none any more."""
+        keys = _read_keys(self.folder, _STORAGE_KEYS) if self.folder is not None else {}
+        return Credentials(keys, self.folder) if keys else self
 
 
 @dataclass(frozen=True)
@@ -91,12 +99,22 @@ def _load_role(role: SecretRole, reference: SecretRef | None, namespace: str, mo
     if reference is None:
         return None
     folder, field = mount / role, f"tracking.{role}" if role in _TRACKERS else role
-    keys = {key: (folder / key).read_text().strip() for key in _KEYS[role] if (folder / key).is_file()}
+    keys = _read_keys(folder, _KEYS[role])
     if not keys:
         raise RunError(
             Reason.SECRET_NOT_FOUND,
             f"spec.{field}.secretRef: Secret '{reference.name}' does not exist in namespace '{namespace}', or has none "
             f"of the keys {', '.join(_KEYS[role])}; create it there, then create the QLoRAJob again.",
         )
-    REDACTOR.add_secrets(value for key, value in keys.items() if key in _CONFIDENTIAL)
-    return Credentials(keys)
+    return Credentials(keys, folder)
+
+
+def _read_keys(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Read keys of a mounted Secret, all of one version: the kubelet replaces the folder ..data by a newer one."""
+    version = (folder / "..data").resolve() if (folder / "..data").is_dir() else folder
+    keys = {}
+    for name in names:
+        with suppress(FileNotFoundError):
+            keys[name] = (version / name).read_text().strip()
+    REDACTOR.add_secrets(value for name, value in keys.items() if name in _CONFIDENTIAL)
+    return keys

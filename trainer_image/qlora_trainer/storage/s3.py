@@ -11,7 +11,6 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Final
 
-import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
@@ -24,6 +23,7 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.runtime.liveness import LIVENESS
 from qlora_trainer.runtime.metrics import METER
 from qlora_trainer.storage.credentials import Credentials
+from qlora_trainer.storage.s3_keys import make_session
 from qlora_trainer.storage.s3_multipart import SINGLE_PUT_BYTES, upload_in_parts
 from qlora_trainer.storage.store import (
     SIZE,
@@ -67,11 +67,7 @@ _DIGEST_METADATA: Final = "sha256"
 
 def make_client(credentials: Credentials, config: S3Config) -> Any:
     """Return a boto3 client; the Secret takes precedence over the platform's settings, and those over boto3's own."""
-    session = boto3.session.Session(
-        aws_access_key_id=credentials.get("AWS_ACCESS_KEY_ID"),
-        aws_secret_access_key=credentials.get("AWS_SECRET_ACCESS_KEY"),
-        aws_session_token=credentials.get("AWS_SESSION_TOKEN"),
-    )
+    session = make_session(credentials)
     endpoint = credentials.get("AWS_ENDPOINT_URL") or config.endpoint
     return session.client(
         "s3",

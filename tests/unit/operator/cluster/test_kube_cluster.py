@@ -7,6 +7,7 @@ import pytest
 from kubernetes.aio import client
 
 from qlora_api import names
+from qlora_api.accelerators import NVIDIA
 from qlora_api.names import Role
 from qlora_operator.cluster.cache import ChildCache
 from qlora_operator.cluster.http import Api, ApiError, ConflictError, FailedWebhookError, NotFoundError
@@ -462,3 +463,7 @@ async def test_pod_whose_label_somebody_removed_is_found_by_its_job(
     [job] = children.jobs
     assert [found.name for found in job.pods] == (["bot-1-0-abcde"] if looked_up or selector == BY_LABEL else [])
     await api.close()
+
+
+async def test_nodes_that_may_not_be_listed_are_unknown_not_none() -> None:
+    assert await KubeCluster(EventsApi(None), ChildCache()).find_gpu_nodes(NVIDIA) is None

@@ -508,6 +508,21 @@ async def test_run_is_planned_without_nodes_if_the_operator_may_never_list_them(
     assert cluster.created == [PREPARE, PREPARE, TRAIN, TRAIN]
 
 
+async def test_preparation_whose_facts_the_kubelet_cut_is_tried_again_and_names_the_limit() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest())
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(PREPARE, 0, prepared_message("llama-3.2-3b")[:600])
+    await reconcile_until_stable(cluster)
+    assert (cluster.status["phase"], cluster.status["reason"]) == (Phase.PREPARING, Reason.POD_REJECTED)
+    assert "the kubelet keeps 12288 bytes for all containers of a pod" in cluster.status["message"]
+    cluster.pass_time(LONGEST_PAUSE)
+    await reconcile_until_stable(cluster)
+    cluster.end_pod(names.prepare_job_name(REF.name, 2), 0, prepared_message("llama-3.2-3b"))
+    await reconcile_until_stable(cluster)
+    assert cluster.status["phase"] == Phase.SCHEDULING
+
+
 async def test_cpu_run_lists_no_nodes(cluster: FakeCluster) -> None:
     await run_to_success(cluster)
     assert cluster.node_lists == 0

@@ -13,13 +13,14 @@ from qlora_api.reasons import Reason
 from qlora_api.runconfig import S3Config
 from qlora_trainer.errors import RunError
 from qlora_trainer.prepare import check_writable
+from qlora_trainer.storage.credentials import Credentials
 from qlora_trainer.storage.huggingface_hub import Hub
 from qlora_trainer.storage.s3 import S3Store
 from qlora_trainer.storage.snapshots import check_text_files
 from qlora_trainer.storage.store import DATASET_FIELD, MODEL_FIELD, OUTPUT_FIELD, FieldRef
 from tests.unit.trainer.tiny import serving, write_model
 
-CREDENTIALS = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+CREDENTIALS = Credentials({"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"})
 
 
 class Bucket(BaseHTTPRequestHandler):
