@@ -132,7 +132,7 @@ def test_the_outcome_is_what_the_operator_does(reason: Reason) -> None:
     assert record.retry is None or {Moment.TRAINING, Moment.STARTING, Moment.WAITING} & set(record.moments)
 
 
-_WAITS: Final = {Reason.UNSCHEDULABLE, Reason.POD_REJECTED}
+_WAITS: Final = {Reason.UNSCHEDULABLE, Reason.POD_REJECTED, Reason.DOES_NOT_FIT}
 """Reasons that end neither a run nor an attempt by themselves."""
 
 

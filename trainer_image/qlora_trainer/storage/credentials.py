@@ -111,10 +111,11 @@ def _load_role(role: SecretRole, reference: SecretRef | None, namespace: str, mo
 
 def _read_keys(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Read keys of a mounted Secret, all of one version: the kubelet replaces the folder ..data by a newer one."""
-    version = (folder / "..data").resolve() if (folder / "..data").is_dir() else folder
+    if (folder / "..data").is_dir():
+        folder = (folder / "..data").resolve()
     keys = {}
-    for name in names:
+    for key in names:
         with suppress(FileNotFoundError):
-            keys[name] = (version / name).read_text().strip()
+            keys[key] = (folder / key).read_text().strip()
     REDACTOR.add_secrets(value for name, value in keys.items() if name in _CONFIDENTIAL)
     return keys
