@@ -1,6 +1,6 @@
 """Parses the API server's JSON into the operator's values; no other module knows its field names."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -38,14 +38,17 @@ _FAILING: Final = ("FailureTarget", "Failed")
 """Conditions of a Job whose pods are being terminated, and of one whose pods have terminated."""
 
 
-_EARLIEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_EARLIEST: Final = datetime(2014, 6, 6, tzinfo=UTC)
+"""First commit of Kubernetes. An earlier time is none, such as 1970 of a container that containerd did not start
+(containerd CRI, ContainerStatus), or that of a node without a clock."""
 _LATEST: Final = datetime(9000, 1, 1, tzinfo=UTC)
-"""Bounds of a time that was read, so that adding a duration to it cannot overflow."""
+"""Latest time that is read, so that adding a duration to it cannot overflow."""
 
 
 def parse_time(text: str | None) -> datetime | None:
-    """Parse an RFC 3339 time, which has a time zone."""
-    return min(max(datetime.fromisoformat(text), _EARLIEST), _LATEST) if text else None
+    """Parse an RFC 3339 time, which has a time zone; None if it is none."""
+    moment = datetime.fromisoformat(text) if text else None
+    return min(moment, _LATEST) if moment is not None and moment >= _EARLIEST else None
 
 
 def created_at(item: Json) -> datetime:
@@ -271,11 +274,13 @@ def parse_child(item: Json) -> ChildJob:
         used_class=created_with.get(names.CLASS_LABEL, ""),
         managed_by=_foreign_controller(item),
         complete="Complete" in conditions,
+        completed_at=parse_time(conditions.get("Complete", {}).get("lastTransitionTime")),
         failure=_failure(failed) if failed else None,
         failing="FailureTarget" in conditions,
         deadline_exceeded=any(conditions.get(kind, {}).get("reason") == "DeadlineExceeded" for kind in _FAILING),
         completions=item["spec"].get("completions", 1),
         avoided_nodes=_avoided_nodes(item),
+        node_terms=tuple(_node_terms(item)),
     )
 
 
@@ -287,10 +292,18 @@ def _foreign_controller(job: Json) -> str:
 
 def _avoided_nodes(job: Json) -> tuple[str, ...]:
     """Return the nodes that the node affinity of a Job's pods excludes."""
-    affinity = job["spec"].get("template", {}).get("spec", {}).get("affinity", {}).get("nodeAffinity", {})
-    terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms") or ()
-    fields = [field for term in terms for field in term.get("matchFields") or () if field.get("operator") == "NotIn"]
+    fields = [
+        field
+        for term in _node_terms(job)
+        for field in term.get("matchFields") or ()
+        if field.get("operator") == "NotIn"
+    ]
     return tuple(dict.fromkeys(node for field in fields for node in field.get("values") or ()))
+
+
+def _node_terms(job: Json) -> Sequence[dict[str, Any]]:
+    affinity = (job["spec"].get("template", {}).get("spec", {}).get("affinity") or {}).get("nodeAffinity") or {}
+    return (affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}).get("nodeSelectorTerms") or ()
 
 
 def _image(item: Json) -> str | None:
@@ -336,6 +349,7 @@ def parse_pod(item: Json) -> Pod:
         deletion_requested_at=_deletion_requested_at(metadata),
         scheduled_at=_scheduled_at(item, conditions),
         unschedulable=_unschedulable(status),
+        scheduling_gates=tuple(gate["name"] for gate in item["spec"].get("schedulingGates") or ()),
         started_at=parse_time(started.get("startedAt")),
         waiting=_waiting(state.get("waiting")),
         exit=_exit(state.get("terminated")),
@@ -381,8 +395,10 @@ def _scheduled_at(item: Json, conditions: dict[str, Json]) -> datetime | None:
 
 
 def _unschedulable(status: Json) -> str:
+    """Return the scheduler's message if no node fits; it has not tried a pod with scheduling gates."""
     for condition in status.get("conditions") or ():
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+        unscheduled = condition["type"] == "PodScheduled" and condition["status"] == "False"
+        if unscheduled and condition.get("reason") != "SchedulingGated":
             return str(condition.get("message", ""))
     return ""
 
