@@ -51,7 +51,7 @@ def recorded_attempt(job: Job, number: int) -> Attempt:
 def observed_attempt(job: Job, train: ChildJob, context: ReconcileContext) -> Attempt:
     """Return an attempt with what its Job and pods show: the times of its containers, and the node."""
     pod = _decisive_pod(train)
-    observed = {"node": pod.node if pod else "", "avoided_nodes": train.avoided_nodes or None}
+    observed = {"node": pod.node if pod else "", "avoided_nodes": train.avoided_nodes}
     attempt = make_attempt(job, train.attempt).model_copy(update=observed)
     recorded = recorded_attempt(job, train.attempt)
     return track_starts(attempt, recorded, train, _heard_at(job, context), context.now)
