@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from qlora_api import names
 from qlora_api.reasons import Reason
-from qlora_operator.cluster.parse import parse_time
+from qlora_operator.cluster.parse_time import parse_time
 from qlora_operator.models import Manifest
 from tests.fakes import FakeCluster, wire_time
 from tests.make import make_termination_message

@@ -290,9 +290,7 @@ class FakeCluster:
         if self.patch_error is not None and child["metadata"].get("labels"):
             raise self.patch_error
         if "spec" in existing:
-            spec = existing["spec"] | child.get("spec", {})
-            # A merge patch: null removes a field.
-            existing["spec"] = {name: value for name, value in spec.items() if value is not None}
+            existing["spec"] = merge(existing["spec"], child.get("spec", {}))
         if "data" in existing:
             existing["data"] |= child.get("data", {})
         metadata = child["metadata"]
@@ -408,6 +406,15 @@ class FakeTokenReviewer:
         if ref not in self.job_uids:
             return None
         return RawJob(ref, self.job_uids[ref], 1, "1", NOW, deleting=False, spec={}, status={})
+
+
+def merge(target: Manifest, patch: Manifest) -> Manifest:
+    """Apply a merge patch (RFC 7386): null removes a field."""
+    merged = {
+        name: merge(target.get(name) or {}, value) if isinstance(value, dict) else value
+        for name, value in patch.items()
+    }
+    return {name: value for name, value in (target | merged).items() if value is not None}
 
 
 def wire_time(moment: datetime) -> str:

@@ -166,6 +166,8 @@ class Pod:
     scheduled_at: datetime | None = None
     unschedulable: str = ""
     """The scheduler's message while no node fits; empty otherwise."""
+    scheduling_gates: tuple[str, ...] = ()
+    """What keeps the scheduler from looking for a node, such as Kueue's assignment of a topology."""
     started_at: datetime | None = None
     waiting: Waiting | None = None
     init: InitContainer | None = None
@@ -255,6 +257,7 @@ class ChildJob:
     managed_by: str = ""
     """The controller that runs it instead of Kubernetes' own (spec.managedBy); empty if none."""
     complete: bool = False
+    completed_at: datetime | None = None
     failure: JobFailure | None = None
     failing: bool = False
     """Kubernetes is terminating its pods, after one of them failed or the deadline passed."""
@@ -264,6 +267,8 @@ class ChildJob:
     """Number of pods that it should have."""
     avoided_nodes: tuple[str, ...] = ()
     """Nodes on which its pods may not run."""
+    node_terms: tuple[Manifest, ...] = ()
+    """Alternatives of what its pods require of a node (nodeSelectorTerms), the avoided nodes among them."""
     pods: tuple[Pod, ...] = ()
     """Its pods in order of their index; of two with the same index, the newer."""
     earlier_pods: tuple[Pod, ...] = ()
@@ -282,6 +287,11 @@ class ChildJob:
     def finished(self) -> bool:
         """Return whether it is complete or failed, so that Kubernetes starts no more pods for it."""
         return self.complete or self.failure is not None
+
+    @property
+    def finished_at(self) -> datetime | None:
+        """Return when it completed or failed; None if it has not, or if that is unknown."""
+        return self.failure.at if self.failure is not None else self.completed_at
 
     def ended_at(self, now: datetime) -> datetime:
         """Return when the first of its pods ended, or now if that is unknown."""

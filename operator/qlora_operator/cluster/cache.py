@@ -36,6 +36,8 @@ class ObjectCache(Generic[Child]):
         self._objects: defaultdict[JobRef, dict[str, CachedObject[Child]]] = defaultdict(dict)
         self._refs: dict[str, JobRef] = {}
         self._deleted_uids: set[str] = set()
+        self._list_versions: dict[str, int] = {}
+        """resourceVersion of the last complete list, by namespace."""
 
     def by_job(self, ref: JobRef) -> Iterable[CachedObject[Child]]:
         """Return the cached objects of a QLoRAJob."""
@@ -77,6 +79,14 @@ class ObjectCache(Generic[Child]):
         if ref is not None and uid:
             self._deleted_uids.add(uid)
         return self._remove(uid) or ref
+
+    def begin_list(self, namespace: str, version: int) -> None:
+        """Take the objects of a list that begins for newer ones if it is older than the last: etcd was restored."""
+        restored = version < self._list_versions.get(namespace, 0)
+        self._list_versions[namespace] = version
+        for ref, objects in self._objects.items() if restored else ():
+            if namespace in {"", ref.namespace}:
+                objects.update({uid: cached._replace(version=0) for uid, cached in objects.items()})
 
     def replace(self, namespace: str, listed: set[str], version: int) -> set[JobRef]:
         """Remove objects that a complete list does not contain, unless they are newer; return their QLoRAJobs.

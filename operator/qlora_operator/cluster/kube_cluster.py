@@ -120,9 +120,11 @@ class KubeCluster:
         changed: set[JobRef] = set()
         version = 0
         async for page in self._pages(path, {"labelSelector": _MANAGED_BY_SELECTOR}):
+            if not version:
+                version = int(page["metadata"]["resourceVersion"])
+                cache.begin_list(namespace, version)
             listed |= {uid_of(item) for item in page["items"]}
             changed |= {ref for item in page["items"] if (ref := cache.update(item))}
-            version = int(page["metadata"]["resourceVersion"])
         return changed | cache.replace(namespace, listed, version)
 
     async def _pages(self, path: str, query: Mapping[str, str] | None = None) -> AsyncIterator[dict[str, Any]]:

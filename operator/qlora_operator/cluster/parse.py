@@ -1,6 +1,6 @@
 """Parses the API server's JSON into the operator's values; no other module knows its field names."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from hashlib import sha256
@@ -259,11 +259,13 @@ def parse_child(item: Json) -> ChildJob:
         used_class=created_with.get(names.CLASS_LABEL, ""),
         managed_by=_foreign_controller(item),
         complete="Complete" in conditions,
+        completed_at=parse_time(conditions.get("Complete", {}).get("lastTransitionTime")),
         failure=_failure(failed) if failed else None,
         failing="FailureTarget" in conditions,
         deadline_exceeded=any(conditions.get(kind, {}).get("reason") == "DeadlineExceeded" for kind in _FAILING),
         completions=item["spec"].get("completions", 1),
         avoided_nodes=_avoided_nodes(item),
+        node_terms=tuple(_node_terms(item)),
     )
 
 
@@ -275,10 +277,18 @@ def _foreign_controller(job: Json) -> str:
 
 def _avoided_nodes(job: Json) -> tuple[str, ...]:
     """Return the nodes that the node affinity of a Job's pods excludes."""
-    affinity = job["spec"].get("template", {}).get("spec", {}).get("affinity", {}).get("nodeAffinity", {})
-    terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms") or ()
-    fields = [field for term in terms for field in term.get("matchFields") or () if field.get("operator") == "NotIn"]
+    fields = [
+        field
+        for term in _node_terms(job)
+        for field in term.get("matchFields") or ()
+        if field.get("operator") == "NotIn"
+    ]
     return tuple(dict.fromkeys(node for field in fields for node in field.get("values") or ()))
+
+
+def _node_terms(job: Json) -> Sequence[dict[str, Any]]:
+    affinity = (job["spec"].get("template", {}).get("spec", {}).get("affinity") or {}).get("nodeAffinity") or {}
+    return (affinity.get("requiredDuringSchedulingIgnoredDuringExecution") or {}).get("nodeSelectorTerms") or ()
 
 
 def _image(item: Json) -> str | None:
@@ -324,6 +334,7 @@ def parse_pod(item: Json) -> Pod:
         deletion_requested_at=_deletion_requested_at(metadata),
         scheduled_at=_scheduled_at(item, conditions),
         unschedulable=_unschedulable(status),
+        scheduling_gates=tuple(gate["name"] for gate in item["spec"].get("schedulingGates") or ()),
         started_at=parse_time(started.get("startedAt")),
         waiting=parse_waiting(state.get("waiting")),
         init=parse_init(status),
@@ -362,8 +373,10 @@ def _scheduled_at(item: Json, conditions: dict[str, Json]) -> datetime | None:
 
 
 def _unschedulable(status: Json) -> str:
+    """Return the scheduler's message if no node fits; it has not tried a pod with scheduling gates."""
     for condition in status.get("conditions") or ():
-        if condition["type"] == "PodScheduled" and condition["status"] == "False":
+        unscheduled = condition["type"] == "PodScheduled" and condition["status"] == "False"
+        if unscheduled and condition.get("reason") != "SchedulingGated":
             return str(condition.get("message", ""))
     return ""
 

@@ -1,5 +1,6 @@
 """Reconciles one QLoRAJob: read it, list its children, decide, apply the decision, write the status once."""
 
+import logging
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -11,14 +12,18 @@ from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobStatus
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster
 from qlora_operator.controller.children import (
+    ADMISSION_DENIED_RETRY,
     apply_decision,
+    delete_jobs,
     limit_jobs,
     missing_queue_labels,
     outdated_deadlines,
     outdated_prepare_jobs,
     restore_jobs,
+    running_jobs,
 )
 from qlora_operator.controller.finished import reconcile_ended
+from qlora_operator.controller.queued_placement import refresh_avoided_nodes
 from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, write_status
 from qlora_operator.controller.run_config import refresh_run_config
 from qlora_operator.controller.run_settings import RunSettings, read_settings
@@ -43,6 +48,8 @@ from qlora_operator.models import Action, ChildJob, Decision, Job, Observation, 
 from qlora_operator.resources import Installation
 from qlora_operator.stored_job import ReadJob, read_job
 from qlora_planner.validation import Violation
+
+_log = logging.getLogger(__name__)
 
 NO_POD_EVENT: Final = "FailedCreate"
 """Reason of the Event of the Job controller for a pod that the API server refused."""
@@ -74,11 +81,11 @@ async def reconcile_once(
     raw: RawJob, cluster: Cluster, installation: Installation, context: ReconcileContext, *, from_cache: bool
 ) -> ReconcileResult | None:
     """Reconcile a QLoRAJob once, unless it belongs to another installation; None: read it live first."""
-    if raw.deleting:
-        return ReconcileResult()
     claimant, claimed_by = context.claimant, raw.status.get("operator")
     if other := claimant.find_other(claimed_by):
         return ReconcileResult(belongs_to=other)
+    if raw.deleting:
+        return await stop_deleted(raw, cluster)
     read = read_job(raw)
     stored = read.status
     if claimed_by is not None and claimed_by != claimant.installation:
@@ -89,6 +96,14 @@ async def reconcile_once(
     if claimant.must_claim(claimed_by):
         return await claim(request, cluster)
     return await reconcile_unfinished(request, read, cluster, installation, from_cache=from_cache)
+
+
+async def stop_deleted(raw: RawJob, cluster: Cluster) -> ReconcileResult:
+    """Delete the Jobs of a QLoRAJob that is being deleted: a finalizer may keep it, and with it its children."""
+    denial = await delete_jobs(running_jobs(await cluster.list_children(raw)), raw.ref, cluster)
+    if denial:
+        _log.warning("%s is being deleted, and its Jobs run on: %s", raw.ref, denial)
+    return ReconcileResult(ADMISSION_DENIED_RETRY if denial else None)
 
 
 async def reconcile_unfinished(
@@ -121,6 +136,7 @@ async def reconcile_unfinished(
     if created and is_first_step(decision, job):
         return ReconcileResult(AT_ONCE)  # status comes after the first steps of all queued QLoRAJobs
     decision = await limit_jobs(decision, job, children, cluster, now)
+    await refresh_avoided_nodes(job, children, cluster, request.context)
     report = request.context.last_report
     decision = await refresh_run_config(decision, job, children, cluster, installation, report)
     return await write_status(request, decision, children, cluster)

@@ -32,11 +32,18 @@ REPEATED_ERRORS: Final = 3
 
 
 class Backoff(NamedTuple):
-    """The pauses before the next attempt, each twice as long as the one before, up to LONGEST_PAUSE."""
+    """The pauses before the next attempt, each twice as long as the one before."""
 
     first: timedelta
     immediate: int = 0
     """Attempts that are followed at once."""
+    longest: timedelta = LONGEST_PAUSE
+
+    def pause(self, count: int) -> timedelta:
+        """Return the pause after so many attempts."""
+        if count <= self.immediate:
+            return timedelta(0)
+        return min(self.first * 2.0 ** min(count - self.immediate - 1, 20), self.longest)
 
 
 BACKOFFS: Final = {
@@ -47,6 +54,13 @@ BACKOFFS: Final = {
 """By domain; an attempt that the run itself ended is followed at once, because the next one differs."""
 PARTLY_PLACED: Final = Backoff(timedelta(minutes=2))
 """For a gang of which only some pods got a node in time; other runs need time to take what it gave back."""
+PARTLY_CREATED: Final = Backoff(timedelta(minutes=10), longest=timedelta(hours=1))
+"""For a gang of which the API server refused some pods: until a quota has room, each attempt holds nodes in vain."""
+_BACKOFFS_OF_GANGS: Final = {
+    Reason.STARTUP_DEADLINE_EXCEEDED: PARTLY_PLACED,
+    Reason.POD_REJECTED: PARTLY_CREATED,
+}
+"""By reason of an attempt that the cluster ended."""
 _VARIABLE: Final = re.compile(r"0x[0-9a-f]+|\d+")
 """Addresses and numbers, in which two messages about the same error differ."""
 
@@ -75,9 +89,7 @@ def since_progress(attempts: Sequence[Attempt], forgiven: int | None = None) -> 
 def pause_after(domain: Domain | None, count: int) -> timedelta:
     """Return the pause after so many attempts of one domain."""
     backoff = BACKOFFS.get(domain) if domain else None
-    if backoff is None or count <= backoff.immediate:
-        return timedelta(0)
-    return min(backoff.first * 2.0 ** min(count - backoff.immediate - 1, 20), LONGEST_PAUSE)
+    return backoff.pause(count) if backoff else timedelta(0)
 
 
 def _pause_after_attempt(attempt: Attempt, count: int) -> timedelta:
@@ -86,10 +98,10 @@ def _pause_after_attempt(attempt: Attempt, count: int) -> timedelta:
     Two gangs that each got a part of the nodes would meet again after the same pause, so theirs differ by their names.
     """
     domain = domain_of(attempt)
-    if attempt.reason is not Reason.STARTUP_DEADLINE_EXCEEDED or domain is not Domain.CLUSTER:
+    backoff = _BACKOFFS_OF_GANGS.get(attempt.reason) if attempt.reason and domain is Domain.CLUSTER else None
+    if backoff is None:
         return pause_after(domain, count)
-    pause = min(PARTLY_PLACED.first * 2.0 ** min(count - 1, 20), LONGEST_PAUSE)
-    return pause * (0.5 + crc32(attempt.job.encode()) / 2**32)
+    return backoff.pause(count) * (0.5 + crc32(attempt.job.encode()) / 2**32)
 
 
 def retry_at(attempts: Sequence[Attempt], forgiven: int | None = None) -> datetime | None:

@@ -6,10 +6,15 @@ when the current start began (`runningSince`) and what the ended ones took (`con
 
 from collections.abc import Iterable
 from datetime import datetime, timedelta
+from typing import Final
 
 from qlora_api.v1alpha1 import Attempt
 from qlora_api.v1alpha1.status import MAX_CONTAINER_SECONDS
+from qlora_operator.lifecycle.exit_reasons import deletion_end, is_abandoned
 from qlora_operator.models import ChildJob, Pod
+
+CLOCK_RESOLUTION: Final = timedelta(seconds=2)
+"""By how much a difference of two times may be wrong that are each cut to whole seconds (Kubernetes API, Time)."""
 
 
 def track_starts(
@@ -67,8 +72,7 @@ def close_start(attempt: Attempt, end: datetime | None) -> Attempt:
 
 def stop_counting(attempt: Attempt, heard_at: datetime | None, now: datetime) -> Attempt:
     """Return an attempt whose containers stopped at an unknown time: when a pod reported last, or now if none did."""
-    reported = attempt.running_since is not None and heard_at is not None and heard_at >= attempt.running_since
-    return close_start(attempt, heard_at if reported else now)
+    return close_start(attempt, _last_known(attempt, heard_at, now))
 
 
 def container_time(attempts: Iterable[Attempt], now: datetime) -> timedelta:
@@ -82,13 +86,35 @@ def _container_start(pod: Pod, now: datetime) -> datetime:
     return max(min(start, now), placed)
 
 
-def container_end(train: ChildJob, now: datetime) -> datetime:
-    """Return when the first trainer of a Job ended, or now if that is unknown; corrected by its node's clock."""
-    ended = [pod for pod in train.pods if pod.exit is not None and pod.exit.finished_at is not None]
-    return min((_container_end(pod, now) for pod in ended), default=now)
+def container_end(train: ChildJob, attempt: Attempt, heard_at: datetime | None, now: datetime) -> datetime:
+    """Return when the first trainer of a Job ended, as far as pods, Job or reports tell; it may have been long ago."""
+    if ends := [end for pod in train.pods if (end := _container_end(pod, now)) is not None]:
+        return min(ends)
+    if train.finished_at is not None:
+        return min(train.finished_at, now)
+    return now if train.pods else _last_known(attempt, heard_at, now)
 
 
-def _container_end(pod: Pod, now: datetime) -> datetime:
-    end = pod.exit.finished_at if pod.exit and pod.exit.finished_at else now
+def _last_known(attempt: Attempt, heard_at: datetime | None, now: datetime) -> datetime:
+    """Return when containers ran last of which nothing is left: when a pod reported last, or now if none did."""
+    reported = attempt.running_since is not None and heard_at is not None and heard_at >= attempt.running_since
+    return heard_at if heard_at is not None and reported else now
+
+
+def _container_end(pod: Pod, now: datetime) -> datetime | None:
+    """Return when the trainer of a pod ended, or at the latest; None if it runs, or if nothing tells."""
+    if pod.exit is not None and pod.exit.finished_at is not None:
+        return correct_end(pod, pod.exit.finished_at, now)
+    if pod.released_at is not None:
+        return min(pod.released_at, now)
+    return deletion_end(pod) if is_abandoned(pod, now) else None
+
+
+def correct_end(pod: Pod, end: datetime, now: datetime) -> datetime:
+    """Correct a time of a pod by how far its node's clock was behind as its container started.
+
+    If that leads into the future, the clock has been set meanwhile, and is right.
+    """
     behind = _container_start(pod, now) - pod.started_at if pod.started_at else timedelta(0)
-    return min(end + max(behind, timedelta(0)), now)
+    corrected = end + max(behind, timedelta(0))
+    return min(corrected if corrected <= now + CLOCK_RESOLUTION else max(end, _container_start(pod, now)), now)

@@ -18,9 +18,8 @@ from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus
 from qlora_api.v1alpha1.status import MAX_PLAN_REASON, MAX_PLAN_REASONS
 from qlora_operator.lifecycle.budgets import retry_at
-from qlora_operator.lifecycle.container_time import stop_counting
 from qlora_operator.lifecycle.context import ReconcileContext
-from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME, waits_long_for_pod
+from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME, failed_in_part, waits_long_for_pod
 from qlora_operator.lifecycle.gang import classify_child, deletion_deadline, is_busy
 from qlora_operator.lifecycle.node_health import avoided_nodes
 from qlora_operator.lifecycle.prepare_phase import follow_preparation
@@ -28,10 +27,10 @@ from qlora_operator.lifecycle.prepare_retries import current_preparation, next_p
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
 from qlora_operator.lifecycle.suspend import suspend
 from qlora_operator.lifecycle.train_phase import (
-    decide_lost,
+    decide_deleted,
     decide_published,
+    decide_vanished,
     follow_training,
-    observed_attempt,
     preempted,
     recorded_attempt,
 )
@@ -193,8 +192,14 @@ def unexplained_jobs(job: Job, children: Observation, now: datetime) -> tuple[st
     return tuple(
         child.name
         for child in children.jobs
-        if not child.deleting and (waits_long_for_pod(child, now) or _just_preempted(job, child, now))
+        if not child.deleting
+        if waits_long_for_pod(child, now) or _just_failed_in_part(job, child) or _just_preempted(job, child, now)
     )
+
+
+def _just_failed_in_part(job: Job, child: ChildJob) -> bool:
+    current = child.role is Role.TRAIN and child.attempt == current_attempt(job.status)
+    return current and failed_in_part(child)
 
 
 def _just_preempted(job: Job, child: ChildJob, now: datetime) -> bool:
@@ -230,7 +235,7 @@ def _follow_current_attempt(job: Job, children: Observation, number: int, contex
         deadline = deletion_deadline(train, context.now)
         return Decision(Phase.PREPARING, Reason.PREPARING, _DELETED, requeue_at=deadline)
     else:
-        decision = decide_lost(job, observed_attempt(job, train, context), context.now)
+        decision = decide_deleted(job, train, context)
     if decision is None or decision.phase is not Phase.PREPARING:
         return decision
     return replace(decision, preparation=next_preparation(current_preparation(job.status, children)))
@@ -239,11 +244,7 @@ def _follow_current_attempt(job: Job, children: Observation, number: int, contex
 def _lose_vanished_attempt(job: Job, children: Observation, context: ReconcileContext) -> Decision | None:
     """Record the loss of an attempt that the status lists and whose Job does not exist."""
     number = vanished_attempt(job.status, children)
-    if number is None:
-        return None
-    report = context.last_report or job.status.last_report
-    lost = stop_counting(recorded_attempt(job, number), report.updated_at if report else None, context.now)
-    return decide_lost(job, lost, context.now)
+    return decide_vanished(job, number, context) if number is not None else None
 
 
 def _wait_for_earlier_attempts(

@@ -168,7 +168,13 @@ def classify_rejection(child: ChildJob, pod: Pod) -> JobState:
 
 def is_abandoned(pod: Pod, now: datetime) -> bool:
     """Return whether a pod is past its deletion deadline without an exit: its node is unreachable or dead."""
-    return pod.exit is None and pod.deletion_timestamp is not None and now >= pod.deletion_timestamp + NODE_GRACE_PERIOD
+    end = deletion_end(pod)
+    return pod.exit is None and end is not None and now >= end
+
+
+def deletion_end(pod: Pod) -> datetime | None:
+    """Return when a pod that is being deleted should have ended; None if it is not."""
+    return pod.deletion_timestamp + NODE_GRACE_PERIOD if pod.deletion_timestamp is not None else None
 
 
 def classify_abandoned(pod: Pod) -> JobState:
@@ -215,6 +221,15 @@ def waits_long_for_pod(child: ChildJob, now: datetime) -> bool:
     return waits and child.started_at is not None and now >= child.started_at + POD_CREATION_TIME
 
 
+def failed_in_part(child: ChildJob) -> bool:
+    """Return whether a gang failed while it lacked pods, which may never have been created."""
+    return (
+        child.started_at is not None
+        and 0 < len(child.pods) < child.completions
+        and (child.failing or child.failure is not None)
+    )
+
+
 def next_event_lookup(child: ChildJob, now: datetime) -> datetime | None:
     """Return when to look for the Events of a Job without a pod: ever later, as the Job controller's own back-off."""
     if child.started_at is None:
@@ -229,7 +244,8 @@ def classify_unfinished(pod: Pod, role: Role, startup: timedelta, now: datetime)
     if pod.scheduled_at is None:
         if pod.unschedulable:
             return JobState(Stage.WAITING, Reason.UNSCHEDULABLE, pod.unschedulable)
-        return JobState(Stage.WAITING, _stage_reason(role), f"pod {pod.name} is waiting for a node")
+        gates = f"; its scheduling gates are {', '.join(pod.scheduling_gates)}" if pod.scheduling_gates else ""
+        return JobState(Stage.WAITING, _stage_reason(role), f"pod {pod.name} is waiting for a node{gates}")
     return _classify_startup(pod, role, pod.scheduled_at + startup, startup, now)
 
 

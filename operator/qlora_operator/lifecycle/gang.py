@@ -146,11 +146,20 @@ def _classify_failures(child: ChildJob, failures: Sequence[Pod], now: datetime) 
     """Return the failure that is most likely the cause; as a consequence may show first, wait a while for all pods."""
     states = [_classify_failure(child, pod) for pod in _by_end_time(failures)]
     state = min(states, key=lambda state: REASONS[state.reason].consequence_rank)
+    if REASONS[state.reason].consequence_rank and len(child.pods) < child.completions and child.event_message:
+        return replace(_classify_refused_pods(child), termination_message=state.termination_message)
     patience_ends = child.ended_at(now) + PEER_PATIENCE
     if REASONS[state.reason].consequence_rank == 0 or not is_busy(child, now) or now >= patience_ends:
         return state
     message = f"pod {failures[0].name} ended, and the other pods of the run are being stopped: {state.message}"
     return JobState(Stage.RUNNING, Reason.TRAINING, message, requeue_at=patience_ends)
+
+
+def _classify_refused_pods(child: ChildJob) -> JobState:
+    """Classify a gang of which the API server refused some pods: the nodes of the others are not to blame."""
+    missing = child.completions - len(child.pods)
+    message = f"{missing} of {child.completions} pods of Job {child.name} were not created: {child.event_message}"
+    return replace(ended_state(Reason.POD_REJECTED, message), domain=Domain.CLUSTER)
 
 
 def _classify_failure(child: ChildJob, pod: Pod) -> JobState:
@@ -183,12 +192,20 @@ def _classify_unfinished(child: ChildJob, startup: timedelta, now: datetime) -> 
     deadline = min(scheduled) + startup
     if now < deadline:
         return replace(worst, requeue_at=earliest(now, requeue_at, deadline))
+    return _end_incomplete_gang(child, startup, worst.message)
+
+
+def _end_incomplete_gang(child: ChildJob, startup: timedelta, waits_for: str) -> JobState:
+    """End a gang of which some pods hold nodes that the others did not get in time; no node is to blame."""
+    missing = child.completions - len(child.pods)
+    if missing and child.event_message:
+        return _classify_refused_pods(child)
     if missing and any(pod.started_at for pod in child.pods):
-        message = f"{missing} of {child.completions} pods of Job {child.name} disappeared"
+        message = f"{missing} of {child.completions} pods of Job {child.name} disappeared, or were never created"
         return ended_state(Reason.INTERRUPTED, message)
+    placed = sum(pod.scheduled_at is not None for pod in child.pods)
     message = (
-        f"only {len(scheduled)} of {child.completions} pods got a node within {format_seconds(startup)} "
-        f"(spec.deadlines.startup): {worst.message}"
+        f"only {placed} of {child.completions} pods got a node within {format_seconds(startup)} "
+        f"(spec.deadlines.startup): {waits_for}"
     )
-    # No node is to blame: more nodes are asked for at once than are free.
     return replace(ended_state(Reason.STARTUP_DEADLINE_EXCEEDED, message), domain=Domain.CLUSTER)

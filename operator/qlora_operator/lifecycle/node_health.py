@@ -90,6 +90,11 @@ def avoided_nodes(
     return dict(sorted(current[-MAX_AVOIDED_NODES:]))
 
 
+def next_release(attempts: Sequence[Attempt], quarantined: Mapping[str, datetime], now: datetime) -> datetime | None:
+    """Return when a new attempt may use the next of the avoided nodes again."""
+    return min(avoided_nodes(attempts, quarantined, now).values(), default=None)
+
+
 def disliked_nodes(attempts: Sequence[Attempt]) -> tuple[str, ...]:
     """Return the nodes that may have ended attempts of the run: it uses them only if no other node fits."""
     nodes = dict.fromkeys(

@@ -10,11 +10,11 @@ from qlora_api.reasons import NORMAL_REASONS, REASONS, Domain, Reason, RetryActi
 from qlora_api.result import is_below
 from qlora_api.v1alpha1 import Attempt
 from qlora_operator.lifecycle.budgets import find_exhausted, time_left
-from qlora_operator.lifecycle.container_time import close_start, container_end, track_starts
+from qlora_operator.lifecycle.container_time import close_start, container_end, stop_counting, track_starts
 from qlora_operator.lifecycle.context import NODE_FAILURES_LOAD, ReconcileContext, heartbeat_deadline
 from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME
 from qlora_operator.lifecycle.gang import classify_child
-from qlora_operator.lifecycle.node_health import avoided_nodes, find_released
+from qlora_operator.lifecycle.node_health import avoided_nodes, find_released, next_release
 from qlora_operator.lifecycle.queue import describe_wait
 from qlora_operator.lifecycle.retry_policy import AT_ONCE, choose_remedy, find_domain, shrink
 from qlora_operator.models import ChildJob, Decision, Job, JobState, Pod, Stage, earliest
@@ -51,11 +51,20 @@ def recorded_attempt(job: Job, number: int) -> Attempt:
 def observed_attempt(job: Job, train: ChildJob, context: ReconcileContext) -> Attempt:
     """Return an attempt with what its Job and pods show: the times of its containers, and the node."""
     pod = _decisive_pod(train)
-    observed = {"node": pod.node if pod else "", "avoided_nodes": train.avoided_nodes or None}
+    observed = {"node": pod.node if pod else "", "avoided_nodes": train.avoided_nodes}
     attempt = make_attempt(job, train.attempt).model_copy(update=observed)
     recorded = recorded_attempt(job, train.attempt)
+    return track_starts(attempt, recorded, train, _heard_at(job, context), context.now)
+
+
+def _container_end(job: Job, train: ChildJob, attempt: Attempt, context: ReconcileContext) -> datetime:
+    return container_end(train, attempt, _heard_at(job, context), context.now)
+
+
+def _heard_at(job: Job, context: ReconcileContext) -> datetime | None:
+    """Return when a pod of the run reported last."""
     report = context.last_report or job.status.last_report
-    return track_starts(attempt, recorded, train, report.updated_at if report else None, context.now)
+    return report.updated_at if report else None
 
 
 def end_attempt(attempt: Attempt, reason: Reason, message: str, at: datetime, domain: Domain | None = None) -> Attempt:
@@ -79,10 +88,11 @@ def follow_training(job: Job, train: ChildJob, context: ReconcileContext) -> Dec
     """Decide what follows from the state of a training Job."""
     state, attempt = classify_child(job, train, context.now), observed_attempt(job, train, context)
     if state.stage is Stage.LOST:
-        return decide_lost(job, attempt, context.now, state.message)
+        return decide_lost(job, attempt, _container_end(job, train, attempt, context), state.message)
     if state.reason is Reason.QUEUED:
         message = _describe_queued(job, train, state, attempt, context.now)
-        requeue_at = earliest(context.now, next_suspension_lookup(train, context.now), state.requeue_at)
+        release = next_release(job.status.attempts, context.quarantined_nodes, context.now)
+        requeue_at = earliest(context.now, next_suspension_lookup(train, context.now), state.requeue_at, release)
         return Decision(Phase.QUEUED, Reason.QUEUED, message, attempt=attempt, requeue_at=requeue_at)
     if state.stage is Stage.WAITING:
         if state.reason is Reason.UNSCHEDULABLE and (released := _follow_unschedulable(job, state, attempt, context)):
@@ -90,7 +100,7 @@ def follow_training(job: Job, train: ChildJob, context: ReconcileContext) -> Dec
         return Decision(Phase.SCHEDULING, state.reason, state.message, attempt=attempt, requeue_at=state.requeue_at)
     if state.stage is Stage.RUNNING:
         return _follow_running(job, train, state, attempt, context)
-    end = container_end(train, context.now)
+    end = _container_end(job, train, attempt, context)
     state = _check_deadline(job, train, state, end_attempt(attempt, state.reason, "", end))
     return _end_training(job, state, attempt, end, context)
 
@@ -198,11 +208,23 @@ def decide_failed(state: JobState) -> Decision:
     return Decision(Phase.FAILED, state.reason, state.message)
 
 
-def decide_lost(job: Job, attempt: Attempt, now: datetime, message: str = "") -> Decision:
+def decide_deleted(job: Job, train: ChildJob, context: ReconcileContext) -> Decision:
+    """Record an attempt whose Job is being deleted and whose trainers have ended."""
+    attempt = observed_attempt(job, train, context)
+    return decide_lost(job, attempt, _container_end(job, train, attempt, context))
+
+
+def decide_vanished(job: Job, number: int, context: ReconcileContext) -> Decision:
+    """Record an attempt that the status lists and whose Job does not exist."""
+    attempt = stop_counting(recorded_attempt(job, number), _heard_at(job, context), context.now)
+    return decide_lost(job, attempt, context.now)
+
+
+def decide_lost(job: Job, attempt: Attempt, at: datetime, message: str = "") -> Decision:
     """Record an attempt without a known end, and prepare again: prepare finds the result if it was published."""
     message = message or f"Job {attempt.job} disappeared without a termination message"
-    lost = end_attempt(attempt, Reason.POD_LOST, message, now)
-    if exhausted := find_exhausted(job.spec, job.status, (*_earlier_attempts(job, lost), lost), now):
+    lost = end_attempt(attempt, Reason.POD_LOST, message, at)
+    if exhausted := find_exhausted(job.spec, job.status, (*_earlier_attempts(job, lost), lost), at):
         return Decision(Phase.FAILED, exhausted.reason, f"{exhausted.message}: {message}", attempt=lost)
     message = f"{message}; preparation runs again"
     return Decision(Phase.PREPARING, Reason.POD_LOST, message, attempt=lost, requeue_after=AT_ONCE)

@@ -11,7 +11,7 @@ where the last one stopped, and a pod that has been replaced, or has gone, is co
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Final
 
 from qlora_api.gpu_prices import NO_PRICES, GpuPrices
@@ -19,7 +19,8 @@ from qlora_api.progress import MAX_COUNT
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Attempt, AttemptUsage, GpuUsage, HeldPod, Plan, Progress, QLoRAJobStatus, RunUsage
 from qlora_api.v1alpha1.usage import MAX_HOLDING, PARTS, sum_usage
-from qlora_operator.lifecycle.exit_reasons import NODE_GRACE_PERIOD, is_abandoned
+from qlora_operator.lifecycle.container_time import correct_end
+from qlora_operator.lifecycle.exit_reasons import deletion_end, is_abandoned
 from qlora_operator.lifecycle.pod_timeline import Parts, Reports, Span, Timeline, split
 from qlora_operator.models import ENDED_POD_PHASES, ChildJob, Observation, Pod
 
@@ -148,18 +149,21 @@ def _account_attempt(
         return attempt
     usage = attempt.usage or fresh
     accounted = {pod.uid: pod.until for pod in usage.holding}
+    # An attempt that has ended gets no more pods, so those that are not held have been accounted.
+    ended_before = recorded is not None and recorded.reason is not None and recorded.usage is not None
+    all_accounted = ended_before and len(accounted) < MAX_HOLDING
     holding: list[HeldPod] = []
     ends: list[datetime] = []
     spans: list[tuple[Span, Timeline]] = []
     for pod in pods:
         timeline = _timeline(pod, child, view)
-        if pod.uid not in accounted and timeline.released and _ended_at(pod) is None:
+        if pod.uid not in accounted and timeline.released and (all_accounted or _ended_at(pod, child) is None):
             continue  # accounted when it ended; or, if no pass saw it run, nobody knows for how long
         start = accounted.pop(pod.uid, None) or _first_known_at(timeline, usage)
         end = max(_known_until(timeline, view.reports), start)
         spans.append((Span(start, end), timeline))
         if timeline.released is not None:
-            ends.append(_ended_at(pod) or end)
+            ends.append(_ended_at(pod, child) or end)
         else:
             holding.append(HeldPod(uid=pod.uid, until=end))
     for start in accounted.values():
@@ -180,20 +184,21 @@ def _timeline(pod: Pod, child: ChildJob | None, view: View) -> Timeline:
     now, bound = view.now, min(_bound(pod), view.now)
     # By a clock that is ahead it starts in the future: then its start is not known yet.
     started = max(pod.started_at, bound) if pod.started_at and pod.started_at <= now else None
-    behind = max(started - pod.started_at, timedelta(0)) if started and pod.started_at else timedelta(0)
     exited = pod.exit.finished_at if pod.exit else None
-    exited = min(max(exited + behind, started or bound), now) if exited else None
-    ended = _ended_at(pod)
-    released = None if holds_gpus(pod, now) else min(max(ended + behind if ended else now, exited or bound), now)
+    exited = max(correct_end(pod, exited, now), started or bound) if exited else None
+    ended = _ended_at(pod, child)
+    known_end = correct_end(pod, ended, now) if ended else now
+    released = None if holds_gpus(pod, now) else max(known_end, exited or bound)
     return Timeline(bound, _gang_bound(pod, child, view.reports), started, exited, released)
 
 
-def _ended_at(pod: Pod) -> datetime | None:
-    """Return when a pod that holds no GPUs released them; None if that is not known."""
-    ended = pod.released_at or (pod.exit.finished_at if pod.exit else None)
-    if ended is None and pod.phase not in ENDED_POD_PHASES and pod.deletion_timestamp is not None:
-        return pod.deletion_timestamp + NODE_GRACE_PERIOD
-    return ended
+def _ended_at(pod: Pod, child: ChildJob | None) -> datetime | None:
+    """Return when a pod that holds no GPUs released them, at the latest; None if that is not known."""
+    if ended := pod.released_at or (pod.exit.finished_at if pod.exit else None):
+        return ended
+    if pod.phase not in ENDED_POD_PHASES:
+        return deletion_end(pod)
+    return child.finished_at if child else None
 
 
 def _gang_bound(pod: Pod, child: ChildJob | None, reports: Reports) -> datetime | None:
@@ -227,9 +232,9 @@ def _known_until(timeline: Timeline, reports: Reports) -> datetime:
 
 def _gone_at(start: datetime, child: ChildJob | None, view: View) -> datetime:
     """Return when a pod ended that does not exist any more: if nobody watched, at the last sign of it."""
-    failed = child.failure.at if child and child.failure else None
-    if failed is not None and failed >= start:
-        return min(failed, view.now)
+    finished = child.finished_at if child else None
+    if finished is not None and finished >= start:
+        return min(finished, view.now)
     last = view.reports.since(start).last
     return max(start, view.now if view.watched else last.updated_at if last else start)
 

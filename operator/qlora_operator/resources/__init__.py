@@ -3,6 +3,7 @@
 from qlora_operator.resources.config_map import build_prepare_config, build_resumption, build_run_config
 from qlora_operator.resources.event import build_event, build_installation_event, build_quarantine_event
 from qlora_operator.resources.job import (
+    build_avoided_nodes,
     build_deadline,
     build_job_identity,
     build_prepare_job,
@@ -16,6 +17,7 @@ from qlora_operator.resources.service import build_service
 __all__ = [
     "Installation",
     "Owner",
+    "build_avoided_nodes",
     "build_deadline",
     "build_event",
     "build_installation_event",

@@ -1,5 +1,7 @@
 """The batch/v1 Jobs: one for prepare, one per training attempt."""
 
+from collections.abc import Sequence
+
 from qlora_api import names
 from qlora_api.job_ref import JobRef
 from qlora_api.names import Role
@@ -14,6 +16,7 @@ from qlora_operator.resources.metadata import (
     prepare_workload,
     train_workload,
 )
+from qlora_operator.resources.placement import replace_avoided_nodes
 from qlora_operator.resources.pod import build_prepare_pod, build_train_pod
 from qlora_operator.resources.profile import apply_profile
 
@@ -68,6 +71,14 @@ def build_queue_labels(ref: JobRef, child: ChildJob, queue: QueueSpec) -> Manife
 def build_deadline(ref: JobRef, child: ChildJob, seconds: int | None) -> Manifest:
     """Return the merge patch of activeDeadlineSeconds; None removes it."""
     return {**_build_patch(ref, child), "spec": {"activeDeadlineSeconds": seconds}}
+
+
+def build_avoided_nodes(ref: JobRef, child: ChildJob, nodes: Sequence[str]) -> Manifest:
+    """Return the merge patch of the nodes that a suspended Job avoids; the rest of its node affinity stays."""
+    terms = replace_avoided_nodes(child.node_terms, nodes)
+    required = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms} if terms else None}
+    pod = {"affinity": {"nodeAffinity": required}}
+    return {**_build_patch(ref, child), "spec": {"template": {"spec": pod}}}
 
 
 def _build_patch(ref: JobRef, child: ChildJob) -> Manifest:

@@ -1,5 +1,6 @@
 """Which nodes the pods of a run may use, and which they prefer."""
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 from qlora_api.accelerators import Accelerator, accelerator_of_resource
@@ -152,6 +153,17 @@ def _prefer_others(nodes: tuple[str, ...]) -> list[Manifest]:
 def _other_nodes_than(nodes: tuple[str, ...]) -> Manifest:
     fields = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in nodes]
     return {"matchFields": fields} if fields else {}
+
+
+def replace_avoided_nodes(terms: Sequence[Manifest], nodes: Sequence[str]) -> list[Manifest]:
+    """Return the alternatives of a node affinity with other avoided nodes; empty if the pods may run anywhere."""
+    replaced = []
+    for term in terms or ({},):
+        kept = [field for field in term.get("matchFields") or () if field.get("operator") != "NotIn"]
+        fields = [*kept, *_other_nodes_than(tuple(nodes)).get("matchFields", ())]
+        others = {name: value for name, value in term.items() if name != "matchFields"}
+        replaced.append({**others, **({"matchFields": fields} if fields else {})})
+    return replaced if all(replaced) else []  # an empty alternative would match no node
 
 
 def _build_pod_affinity(resources: ResourcesSpec, plan: Plan, labels: dict[str, str]) -> Manifest:

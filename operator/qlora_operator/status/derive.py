@@ -217,12 +217,17 @@ def derive_preparation(previous: Preparation | None, preparation: Preparation | 
 
 
 def merge_attempt(attempts: tuple[Attempt, ...], attempt: Attempt | None) -> tuple[Attempt, ...]:
-    """Replace the attempt with the same number, keeping its sticky fields; a message becomes one line."""
+    """Replace the attempt with the same number, keeping its sticky fields; a message becomes one line.
+
+    A Job that avoids no node any more, since it waited long in a queue, has an empty tuple.
+    """
     if attempt is None:
         return attempts
     by_number = {other.number: other for other in attempts}
     previous = by_number.get(attempt.number, attempt)
     sticky = {name: getattr(previous, name) for name in _STICKY_ATTEMPT_FIELDS if not getattr(attempt, name)}
+    if attempt.avoided_nodes == ():
+        sticky["avoided_nodes"] = None
     message = cut_escaped(escape_line(attempt.message), MAX_ATTEMPT_MESSAGE)
     by_number[attempt.number] = attempt.model_copy(update={**sticky, "message": message})
     return tuple(by_number[number] for number in sorted(by_number))

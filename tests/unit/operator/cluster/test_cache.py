@@ -165,3 +165,17 @@ def test_child_whose_job_label_changes_leaves_no_copy() -> None:
     assert children.children_of(JOB).jobs == ()
     children.jobs.delete(changed)
     assert (children.jobs._objects, children.jobs._refs) == ({}, {})
+
+
+async def test_list_after_restore_of_etcd_replaces_newer_versions() -> None:
+    children = ChildCache()
+    await KubeCluster(PagedApi([raw_job(90)], [raw_pod(95), raw_pod(96, "gone")], 100), children).relist(())
+    children.pods.update(raw_pod(120, phase="Running"))
+    restored = [raw_pod(70, phase="Succeeded"), raw_pod(71, "new")]
+    assert await KubeCluster(PagedApi([raw_job(80, "Complete")], restored, 85), children).relist(()) == {REF}
+    assert only_job(children).complete
+    assert {pod.uid: pod.phase for pod in (*only_job(children).pods, *only_job(children).replaced_pods)} == {
+        "pod": "Succeeded", "new": "Pending",
+    }  # fmt: skip
+    children.pods.update(raw_pod(86, phase="Failed"))
+    assert "Failed" in {pod.phase for pod in (*only_job(children).pods, *only_job(children).replaced_pods)}

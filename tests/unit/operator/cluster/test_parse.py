@@ -33,6 +33,37 @@ def in_state(**state: Any) -> list[dict[str, Any]]:
         ),
         pytest.param(
             make_raw_pod(
+                {"schedulingGates": [{"name": "kueue.x-k8s.io/topology"}]},
+                conditions=[
+                    {
+                        "type": "PodScheduled",
+                        "status": "False",
+                        "reason": "SchedulingGated",
+                        "message": "is blocked",
+                    }
+                ],
+            ),
+            Pod("p", "u", created_at=NOW, scheduling_gates=("kueue.x-k8s.io/topology",)),
+            id="gated",
+        ),
+        pytest.param(
+            make_raw_pod(
+                {"nodeName": "n"},
+                phase="Failed",
+                containerStatuses=in_state(
+                    terminated={
+                        "exitCode": 128,
+                        "reason": "StartError",
+                        "startedAt": "1970-01-01T00:00:00Z",
+                        "finishedAt": "0001-01-01T00:00:00Z",
+                    }
+                ),
+            ),
+            Pod("p", "u", "Failed", "n", created_at=NOW, scheduled_at=NOW, exit=Exit(128, "StartError")),
+            id="times that are none",
+        ),
+        pytest.param(
+            make_raw_pod(
                 {"nodeName": "n"},
                 conditions=[{"type": "PodScheduled", "status": "True", "lastTransitionTime": BORN}],
                 containerStatuses=in_state(waiting={"reason": "ErrImagePull", "message": "denied"}),

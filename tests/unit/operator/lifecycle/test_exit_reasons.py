@@ -193,6 +193,7 @@ def ended_child(end: Exit, **pod: Any) -> ChildJob:
         pytest.param(
             ended_child(make_exit(137, "", "ContainerStatusUnknown")), Reason.NODE_LOST, "node-1", id="node-lost"
         ),
+        pytest.param(ended_child(make_exit(255, "", "Unknown")), Reason.NODE_LOST, "node-1", id="node-rebooted"),
         pytest.param(
             ended_child(make_exit(128, "exec format error", "StartError")),
             Reason.POD_REJECTED,

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import pytest
 
-from qlora_api.reasons import Reason
+from qlora_api.reasons import Domain, Reason
 from qlora_operator.lifecycle import classify
 from qlora_operator.models import ChildJob, Exit, JobFailure, Pod, Stage
 from tests.make import (
@@ -112,8 +112,21 @@ def test_pod_that_is_not_created_ends_placed_gang_at_startup_deadline() -> None:
     assert (waiting.stage, waiting.reason) == (Stage.WAITING, Reason.POD_REJECTED)
     assert waiting.message == "Job support-bot-1 gets no pod: exceeded quota: gpus"
     ended = classify(replace(child, pods=(replace(placed, started_at=NOW),)), STARTUP, NOW + STARTUP)
-    assert (ended.stage, ended.reason) == (Stage.ENDED, Reason.INTERRUPTED)
+    assert (ended.stage, ended.reason, ended.domain) == (Stage.ENDED, Reason.POD_REJECTED, Domain.CLUSTER)
+    assert ended.message == "1 of 2 pods of Job support-bot-1 were not created: exceeded quota: gpus"
     assert classify(child, STARTUP, NOW + STARTUP).reason is Reason.STARTUP_DEADLINE_EXCEEDED
+
+
+def test_cause_in_gang_that_lacks_refused_pod_is_reported() -> None:
+    child = gang(pod_of(0, make_exit(1, OUT_OF_MEMORY)), failure=FAILED, event_message="exceeded quota: gpus")
+    assert classify(child, STARTUP, NOW).reason is Reason.CUDA_OUT_OF_MEMORY
+
+
+def test_pod_with_scheduling_gates_waits_for_them() -> None:
+    pods = [make_pending_pod(name=f"bot-1-{index}", index=index, scheduling_gates=("kueue/tas",)) for index in (0, 1)]
+    state = classify(gang(*pods), STARTUP, NOW)
+    assert (state.stage, state.reason) == (Stage.WAITING, Reason.SCHEDULING)
+    assert state.message == "pod bot-1-0 is waiting for a node; its scheduling gates are kueue/tas"
 
 
 def test_gang_without_any_node_waits_for_missing_pods() -> None:

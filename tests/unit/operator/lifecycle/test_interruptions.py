@@ -8,8 +8,9 @@ from qlora_api.names import Phase
 from qlora_api.reasons import Reason
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Checkpoint, Progress
+from qlora_operator.cluster.interface import AdmissionDeniedError
 from qlora_operator.lifecycle.job_deadline import SAFETY_MARGIN
-from tests.fakes import FakeCluster
+from tests.fakes import FakeCluster, wire_time
 from tests.make import NOW, PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_manifest, make_prepared, make_termination_message
 from tests.unit.operator.life import PREPARE, TRAIN, reconcile_now, reconcile_until_stable, run_to_success
 
@@ -304,3 +305,27 @@ async def test_ttl_deletes_children(cluster: FakeCluster) -> None:
     await reconcile_until_stable(cluster)
     assert cluster.children == {}
     assert cluster.status == before | {"childrenDeletedAt": cluster.status["childrenDeletedAt"]}
+
+
+async def test_run_that_is_deleted_but_kept_by_a_finalizer_stops_its_trainer(cluster: FakeCluster) -> None:
+    await start(cluster)
+    cluster.foreground_deletion = True
+    assert cluster.job
+    cluster.job["metadata"] |= {"deletionTimestamp": wire_time(cluster.now), "finalizers": ["example.com/hold"]}
+    await reconcile_until_stable(cluster)
+    assert "deletionTimestamp" in cluster.children["Job", TRAIN]["metadata"]
+    cluster.remove(TRAIN)
+    await reconcile_until_stable(cluster)
+    assert SECOND not in cluster.created
+    assert cluster.created.count(PREPARE) == 2, "its Job and its ConfigMap"
+
+
+async def test_denied_deletion_of_jobs_of_deleted_run_is_tried_again(cluster: FakeCluster) -> None:
+    await start(cluster)
+    assert cluster.job
+    cluster.job["metadata"] |= {"deletionTimestamp": wire_time(cluster.now), "finalizers": ["example.com/hold"]}
+    cluster.deletion_error = AdmissionDeniedError("policy: Jobs are kept", permanent=False)
+    assert (await reconcile_now(cluster)).requeue_after == timedelta(minutes=1)
+    cluster.deletion_error = None
+    assert (await reconcile_now(cluster)).requeue_after is None
+    assert ("Job", TRAIN) not in cluster.children

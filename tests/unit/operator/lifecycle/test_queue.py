@@ -15,7 +15,7 @@ from qlora_operator.lifecycle.queue import describe_wait
 from qlora_operator.models import ChildJob, Workload
 from tests.make import NOW, PREPARED_MESSAGE, PUBLISHED_MESSAGE, make_job
 from tests.unit.operator.life import PREPARE, TRAIN
-from tests.unit.operator.simulation import Simulation
+from tests.unit.operator.simulation import Simulation, train
 
 MINUTE: Final = timedelta(minutes=1)
 HOUR: Final = timedelta(hours=1)
@@ -241,3 +241,53 @@ async def test_job_that_names_the_controller_of_kubernetes_is_its() -> None:
     run.cluster.children["Job", PREPARE]["spec"]["managedBy"] = "kubernetes.io/job-controller"
     await run.run(MINUTE)
     assert run.outcome == ("Preparing", "Preparing")
+
+
+async def queue_after_bad_node() -> Simulation:
+    """Return a run whose second attempt waits in a queue, and avoids the node of the first."""
+    run = Simulation(resources={"gpusPerNode": 1}, queue={"name": "gpus"})
+    await run.prepare()
+    run.kubernetes.admit(TRAIN)
+    await run.run(MINUTE)
+    [pod] = run.cluster.pods_of(TRAIN)
+    pod["status"] |= {"phase": "Failed", "reason": "UnexpectedAdmissionError", "message": "no devices"}
+    pod["status"].pop("containerStatuses")
+    await run.run(3 * MINUTE)
+    assert run.status["attempts"][1]["avoidedNodes"] == ["node-0"]
+    return run
+
+
+async def test_job_in_queue_may_use_node_again_that_is_no_longer_avoided() -> None:
+    run = await queue_after_bad_node()
+    await run.run(HOUR, 5 * MINUTE)
+    assert "NotIn" not in str(run.cluster.children["Job", train(2)]["spec"]["template"]["spec"])
+    assert "avoidedNodes" not in run.status["attempts"][1]
+    run.kubernetes.admit(train(2))
+    await run.run(MINUTE)
+    assert run.outcome == ("Training", "Training")
+    assert train(3) not in run.jobs
+
+
+async def test_job_in_queue_avoids_node_that_is_quarantined_meanwhile() -> None:
+    run = await queue_after_bad_node()
+    run.cluster.quarantined_nodes = {"node-7": run.cluster.now + 5 * HOUR}
+    await run.run(HOUR, 5 * MINUTE)
+    assert run.status["attempts"][1]["avoidedNodes"] == ["node-7"]
+
+
+async def test_job_whose_placement_the_queue_is_about_to_use_is_not_changed() -> None:
+    run = await queue_after_bad_node()
+    run.cluster.workloads[train(2)] = pending("", quota_reserved=True)
+    await run.run(HOUR, 5 * MINUTE)
+    assert run.status["attempts"][1]["avoidedNodes"] == ["node-0"]
+
+
+async def test_refused_change_of_avoided_nodes_neither_ends_nor_stalls_a_queued_run() -> None:
+    run = await queue_after_bad_node()
+    run.cluster.update_error = AdmissionDeniedError("spec.template: field is immutable", permanent=True)
+    await run.run(HOUR, 5 * MINUTE)
+    assert run.outcome == ("Queued", "Queued")
+    assert run.passes < 40
+    run.kubernetes.admit(train(2))
+    await run.run(MINUTE)
+    assert run.outcome == ("Training", "Training")

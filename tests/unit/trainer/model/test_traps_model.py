@@ -230,7 +230,7 @@ def test_trap_34_capped_scores_are_capped(tmp_path):
         layer.self_attn.attn_logit_softcapping = 0.01
     tighter = base(input_ids=torch.tensor([[3, 5, 7, 9]]), use_cache=False).logits
     assert float((capped - tighter).detach().abs().max()) > 0.01
-    with pytest.raises(ValueError, match="scaled_dot_product_attention"):
+    with pytest.raises(RunError, match="scaled_dot_product_attention"):
         load_base(tmp_path, QuantizationSpec(bits=16), torch.float32, "sdpa", "cpu")
 
 
