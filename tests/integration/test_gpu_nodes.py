@@ -98,7 +98,8 @@ def test_run_for_a_partition_is_sized_for_it_and_scheduled_there(job_namespace: 
     status = job_namespace.wait_for("Training")
     assert status["plan"]["gpuProducts"] == [MIG.name]
     assert node_of(job_namespace, TRAIN) == "mig-0"
-    [container] = job_namespace.items("pods", f"--selector=job-name={TRAIN}")[0]["spec"]["containers"]
+    pod = job_namespace.cluster.get("pod", job_namespace.pod_of(TRAIN), f"--namespace={job_namespace.namespace}")
+    [container] = pod["spec"]["containers"]
     assert container["resources"]["limits"][MIG.resource] == "1"
     assert "nvidia.com/gpu" not in container["resources"]["limits"]
 

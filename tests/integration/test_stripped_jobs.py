@@ -30,7 +30,7 @@ def restored(namespace: JobNamespace, job: str) -> bool:
 
 
 @pytest.mark.parametrize("patch", [REMOVE_LABELS, REMOVE_OWNER], ids=["labels", "owner"])
-def test_run_continues_in_a_job_that_lost_its_labels_or_its_owner(job_namespace: JobNamespace, patch: str) -> None:
+def test_job_without_labels_or_owner_trains_on(job_namespace: JobNamespace, patch: str) -> None:
     job_namespace.run_to_training()
     before = job_namespace.jobs()
     job_namespace.kubectl("patch", "job", TRAIN, "--type=merge", f"--patch={patch}")

@@ -41,7 +41,7 @@ class GpuProduct:
 
 
 A100: Final = GpuProduct("NVIDIA-A100-SXM4-80GB", 81920, (8, 0), "ampere")
-MIG: Final = GpuProduct("NVIDIA-A100-SXM4-80GB-MIG-3g.40gb", 40192, (8, 0), "ampere", "nvidia.com/mig-3g.40gb")
+MIG: Final = GpuProduct("NVIDIA-A100-SXM4-40GB-MIG-3g.20gb", 19968, (8, 0), "ampere", "nvidia.com/mig-3g.20gb")
 H100: Final = GpuProduct("NVIDIA-H100-80GB-HBM3", 81559, (9, 0), "hopper")
 T4: Final = GpuProduct("Tesla-T4", 15360, (7, 5), "turing")
 
