@@ -99,7 +99,8 @@ def _pause_after_attempt(attempt: Attempt, count: int) -> timedelta:
     """
     domain = domain_of(attempt)
     backoff = _BACKOFFS_OF_GANGS.get(attempt.reason) if attempt.reason and domain is Domain.CLUSTER else None
-    if backoff is None:
+    refused_by_a_node = attempt.reason is Reason.POD_REJECTED and not attempt.started_at
+    if backoff is None or refused_by_a_node:
         return pause_after(domain, count)
     return backoff.pause(count) * (0.5 + crc32(attempt.job.encode()) / 2**32)
 

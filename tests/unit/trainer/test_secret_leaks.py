@@ -15,7 +15,7 @@ import pytest
 from moto import mock_aws
 
 from qlora_api.logs import formatters
-from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, SecretRole
+from qlora_api.names import PROGRESS_TOKEN_ENV, PROGRESS_URL_ENV, SecretRole, output_root
 from qlora_api.report import TerminationMessage
 from qlora_api.runconfig import Platform
 from qlora_api.v1alpha1 import QLoRAJobSpec
@@ -182,6 +182,7 @@ def test_run_leaks_no_credential(pod: Pod, capfd: pytest.CaptureFixture[str], tm
         spec = make_canary_spec(pod.url)
         prepared = pod.run("prepare", prepare_config(spec, platform=platform)).prepared
         assert prepared is not None
+        prepared = prepared.with_known_uris(output_root(spec.output.uri, "colours"), spec.model.uri)
         termination_message = pod.run("train", run_config(spec, prepared).model_copy(update={"platform": platform}))
     assert termination_message.reason == "Published", termination_message.message
     pod.output = "".join(capfd.readouterr())
