@@ -37,6 +37,8 @@ _POSITION_TABLE: Final = re.compile(r"(^|\.)(wpe|embed_positions|position_embedd
 """Names of tables of positions in transformers."""
 _INDEXER: Final = re.compile(r"(^|\.)(indexer|lightning_indexer)\.")
 """Modules of sparse attention (DeepSeek V3.2): they choose positions by topk, through which no gradient flows."""
+_ADDED_TOKENS: Final = tuple("single pair ids".split())  # noqa: SIM905 (the name of a strategy otherwise)
+"""Fields of a post-processor in tokenizer.json that name tokens for one text, for two, and their ids."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +273,7 @@ def _expansion_of(step: Any) -> int:
         return prod(map(_expansion_of, step))
     if not isinstance(step, Mapping):
         return 1
-    added = [step.get("prepend", ""), *(part for name in ("single", "pair", "ids") for part in step.get(name) or ())]
+    added = [step.get("prepend", ""), *(part for name in _ADDED_TOKENS for part in step.get(name) or ())]
     own = max(len(str(step.get("content", ""))), len(str(added[0])) + len(added) - 1, 1)
     return own * prod(_expansion_of(part) for part in step.values() if isinstance(part, (list, Mapping)))
 
