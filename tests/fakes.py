@@ -247,10 +247,10 @@ class FakeCluster:
         labelled = (node for node in self.nodes if accelerator.memory_label in node["metadata"].get("labels", {}))
         return tuple(copy.deepcopy(node) for node in labelled)
 
-    async def list_classes(self, since: datetime) -> Classes:  # noqa: ARG002
+    async def list_classes(self, age: timedelta) -> Classes:  # noqa: ARG002
         return self.classes
 
-    async def namespace_labels(self, namespace: str, since: datetime) -> Mapping[str, str] | None:  # noqa: ARG002
+    async def namespace_labels(self, namespace: str, age: timedelta) -> Mapping[str, str] | None:  # noqa: ARG002
         return self.namespace
 
     async def ensure(self, child: Manifest) -> bool:

@@ -198,19 +198,25 @@ def field_reference_file() -> str:
         "",
         *_table(root["properties"]["spec"], "spec"),
         "",
-        "## Validation rules",
-        "",
-        "The API server enforces these rules in addition to types, bounds and unknown fields:",
-        "",
-        "| where | message |",
-        "|---|---|",
-        *_rules_of(root, KIND),
+        *_rules_section(root, KIND),
         "",
         "## status",
         "",
         *_table(root["properties"]["status"], "status"),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _rules_section(root: crd.Schema, kind: str) -> list[str]:
+    return [
+        "## Validation rules",
+        "",
+        "The API server enforces these rules in addition to types, bounds and unknown fields:",
+        "",
+        "| where | message |",
+        "|---|---|",
+        *_rules_of(root, kind),
+    ]
 
 
 def class_reference_file() -> str:
@@ -224,13 +230,7 @@ def class_reference_file() -> str:
         "",
         *_table(root["properties"]["spec"], "spec"),
         "",
-        "## Validation rules",
-        "",
-        "The API server enforces these rules in addition to types, bounds and unknown fields:",
-        "",
-        "| where | message |",
-        "|---|---|",
-        *_rules_of(root, CLASS_KIND),
+        *_rules_section(root, CLASS_KIND),
     ]
     return "\n".join(lines) + "\n"
 

@@ -24,6 +24,8 @@ from tests.cluster.services.pki import decode
 MUTATING: Final = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _NOT_COUNTED: Final = ("/tokenreviews", "/leases")
 """Queries that use POST, and periodic renewals."""
+CLOSING: Final = 0.25
+"""Seconds in which the loop closes the sockets of aborted connections, as aiohttp's documentation recommends."""
 _KEPT_HEADERS: Final = ("Authorization", "Accept", "Content-Type")
 Result = TypeVar("Result")
 
@@ -152,11 +154,12 @@ class Proxy:
 
     async def _close(self) -> None:
         await self._runner.cleanup()
-        await self._session.close()
         rest = asyncio.all_tasks() - {asyncio.current_task()}
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
+        await self._session.close()
+        await asyncio.sleep(CLOSING)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         call = Call(request.method, request.path, dict(request.query), await request.read(), _token(request))

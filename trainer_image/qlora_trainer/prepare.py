@@ -191,14 +191,9 @@ def inspect_model(spec: QLoRAJobSpec, snapshot: Snapshot, work: Path) -> Inspect
     sizes = describe_size(empty, read_config(folder))  # before PEFT replaces modules
     adapter = {} if spec.method == "full" else resolve_adapter(empty, spec.lora)
     size = f"{architecture.name} with {architecture.parameters:,} weights"
+    facts = {"architecture": architecture.name, "parameters": architecture.parameters, "config": sizes}
     return InspectedModel(
-        ModelStatus(
-            uri=spec.model.uri,
-            commit=snapshot.commit,
-            architecture=architecture.name,
-            parameters=architecture.parameters,
-            config=sizes,
-        ),
+        ModelStatus(uri=spec.model.uri, commit=snapshot.commit, **facts),
         empty.config.model_type,
         folder,
         load_tokenizer(folder),

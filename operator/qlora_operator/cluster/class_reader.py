@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from http import HTTPStatus
 from typing import Final, Generic, TypeVar
@@ -45,23 +45,18 @@ class SharedRead(Generic[Value]):
     """The value, once it was read."""
     _begun: float = float("-inf")
     """When the read of the value began, on the monotonic clock."""
-    _begun_at: datetime | None = None
-    """The same, on the wall clock."""
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    async def get(self, since: datetime) -> Value:
-        """Return a value whose read began after `since`, and after this call or not long before it."""
+    async def get(self, age: timedelta) -> Value:
+        """Return a value that is younger than what it is for, and at most MAX_AGE old."""
         asked = time.monotonic()
         async with self._lock:
-            if not (self._is_recent(asked, since) or self._begun >= asked):
-                begun, begun_at = time.monotonic(), datetime.now(UTC)
+            newest = min(MAX_AGE, age - CREATED_PRECISION).total_seconds()
+            if self._begun < asked and asked - self._begun >= newest:
+                begun = time.monotonic()
                 self._value = [await self.read()]
-                self._begun, self._begun_at = begun, begun_at
+                self._begun = begun
             return self._value[0]
-
-    def _is_recent(self, asked: float, since: datetime) -> bool:
-        after = self._begun_at is not None and self._begun_at > since + CREATED_PRECISION
-        return after and asked - self._begun < MAX_AGE.total_seconds()
 
 
 class ClassReader:
@@ -73,15 +68,15 @@ class ClassReader:
         self._labels: dict[str, SharedRead[Mapping[str, str] | None]] = {}
         self._refused = ""
 
-    async def list_classes(self, since: datetime) -> Classes:
+    async def list_classes(self, age: timedelta) -> Classes:
         """Return all classes that can be read, or why they cannot be listed."""
-        return await self._classes.get(since)
+        return await self._classes.get(age)
 
-    async def namespace_labels(self, namespace: str, since: datetime) -> Mapping[str, str] | None:
+    async def namespace_labels(self, namespace: str, age: timedelta) -> Mapping[str, str] | None:
         """Return the labels of a namespace; None if the operator may not read it."""
         if namespace not in self._labels:
             self._labels[namespace] = SharedRead(partial(self._read_labels, namespace))
-        return await self._labels[namespace].get(since)
+        return await self._labels[namespace].get(age)
 
     async def _list(self) -> Classes:
         try:

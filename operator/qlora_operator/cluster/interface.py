@@ -1,7 +1,7 @@
 """Interfaces to the cluster and their errors; `KubeCluster` implements them, and so does the fake of the tests."""
 
 from collections.abc import Collection, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import NamedTuple, Protocol
 
 from qlora_api.accelerators import Accelerator
@@ -80,10 +80,10 @@ class Cluster(Protocol):
     async def find_gpu_nodes(self, accelerator: Accelerator) -> tuple[Manifest, ...] | None:
         """Return the nodes whose labels describe such GPUs; None if the operator may not list nodes."""
 
-    async def list_classes(self, since: datetime) -> Classes:
-        """Return the QLoRAClasses, as they were at some time after `since`, and not long ago."""
+    async def list_classes(self, age: timedelta) -> Classes:
+        """Return the QLoRAClasses from a list that is not old, and younger than a run of this age."""
 
-    async def namespace_labels(self, namespace: str, since: datetime) -> Mapping[str, str] | None:
+    async def namespace_labels(self, namespace: str, age: timedelta) -> Mapping[str, str] | None:
         """Return the labels of a namespace, with the same promise; None if the operator may not read it."""
 
     async def find_event(self, ref: JobRef, uid: str, reasons: Collection[str], since: datetime) -> str:

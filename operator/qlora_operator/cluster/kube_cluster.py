@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncIterator, Collection, Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Final
 
@@ -46,7 +46,7 @@ ALREADY_EXISTS: Final = "AlreadyExists"
 """Reason of a 409 for an object that exists; with another reason, as of a quota, nothing was created."""
 UNPROCESSABLE: Final = 422
 """HTTP status for an invalid object; quotas use another, admission policies and webhooks any, this one too."""
-_DENIAL: Final = re.compile(r"denied (the )?request|admission webhook|ValidatingAdmissionPolicy")
+_DENIAL: Final = re.compile(r"denied (the )?request|admission webhook|AdmissionPolicy")
 """What the API server writes where not it but somebody's policy refuses an object."""
 _INVALID_BODY: Final = frozenset({400, 413, UNPROCESSABLE})
 """HTTP statuses for a body that will never be accepted: it cannot be parsed, is too large, or does not fit the CRD."""
@@ -170,13 +170,13 @@ class KubeCluster:
         nodes = (parse_or_skip("Node", parse_node, item) for item in answer.get("items") or ())
         return tuple(filter(None, nodes))
 
-    async def list_classes(self, since: datetime) -> Classes:
-        """Return the QLoRAClasses, as they were at some time after `since`, and not long ago."""
-        return await self._classes.list_classes(since)
+    async def list_classes(self, age: timedelta) -> Classes:
+        """Return the QLoRAClasses from a list that is not old, and younger than a run of this age."""
+        return await self._classes.list_classes(age)
 
-    async def namespace_labels(self, namespace: str, since: datetime) -> Mapping[str, str] | None:
+    async def namespace_labels(self, namespace: str, age: timedelta) -> Mapping[str, str] | None:
         """Return the labels of a namespace, with the same promise; None if the operator may not read it."""
-        return await self._classes.namespace_labels(namespace, since)
+        return await self._classes.namespace_labels(namespace, age)
 
     async def find_event(self, ref: JobRef, uid: str, reasons: Collection[str], since: datetime) -> str:
         """Return the message of the newest Event on a child with such a reason; empty if none can be found."""

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 
 from qlora_operator.cluster.interface import AdmissionDeniedError, Cluster
-from qlora_operator.controller.children import ADMISSION_DENIED_RETRY, delete_jobs, running_jobs
+from qlora_operator.controller.children import ADMISSION_DENIED_RETRY, delete_jobs, running_jobs, with_denial
 from qlora_operator.controller.requeue import requeue_delay
 from qlora_operator.controller.result import (
     ReconcileRequest,
@@ -47,7 +47,7 @@ async def revive_run(job: Job, decision: Decision, request: ReconcileRequest, cl
     """Delete the Jobs that a failed run left running, and let it continue."""
     children = await cluster.list_children(request.raw)
     denial = await delete_jobs(running_jobs(children), job.ref, cluster)
-    decision = replace(decision, message=f"{decision.message}; {denial}") if denial else decision
+    decision = with_denial(decision, denial) if denial else decision
     return await write_status(request, decision, children, cluster)
 
 

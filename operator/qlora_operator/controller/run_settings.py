@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import lru_cache
+from typing import Final
 
 from pydantic import ValidationError
 
 from qlora_api.names import CLASS_KIND, Role
+from qlora_api.pod_profile import PodProfile
 from qlora_api.qlora_class import ClassSettings
 from qlora_api.tolerant_reader import ignore_unknown
 from qlora_api.v1alpha1 import ClassStatus, QLoRAJobSpec, QueueSpec
@@ -14,6 +18,9 @@ from qlora_operator.lifecycle import ReconcileContext
 from qlora_operator.lifecycle.class_choice import ClassNotReadyError, choose_class, needs_namespace_labels
 from qlora_operator.models import Job, Observation
 from qlora_operator.resources import Installation, merge_profiles, training_placement
+
+MAX_MERGED: Final = 256
+"""Classes whose settings are kept merged with those of the installation."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ async def read_settings(
     """
     recorded = job.status.used_class
     try:
-        used = recorded if _trains(children) else await _read_class(job, cluster)
+        used = recorded if _trains(children) else await _read_class(job, cluster, context.now - job.created_at)
         return RunSettings(*apply_class(used, job, installation, context), used)
     except ClassNotReadyError as error:
         problem = str(error)
@@ -54,10 +61,11 @@ def _trains(children: Observation) -> bool:
     return any(child.role is Role.TRAIN and child.holds_resources for child in children.jobs)
 
 
-async def _read_class(job: Job, cluster: Cluster) -> ClassStatus | None:
-    classes = await cluster.list_classes(job.created_at)
+async def _read_class(job: Job, cluster: Cluster, age: timedelta) -> ClassStatus | None:
+    """Return the class of a run; both times of its age are the API server's."""
+    classes = await cluster.list_classes(age)
     asks = needs_namespace_labels(classes)
-    labels = await cluster.namespace_labels(job.ref.namespace, job.created_at) if asks else {}
+    labels = await cluster.namespace_labels(job.ref.namespace, age) if asks else {}
     return choose_class(job, classes, labels)
 
 
@@ -99,10 +107,16 @@ def with_settings(installation: Installation, name: str, settings: ClassSettings
     """Return an installation with the settings of a class; ValidationError if they contradict each other."""
     return replace(
         installation,
-        pods=merge_profiles(installation.pods, settings.pods),
+        pods=_merge(installation.pods.model_dump_json(by_alias=True), settings.pods.model_dump_json(by_alias=True)),
         prepare_resources=settings.resources.prepare,
         used_class=name,
     )
+
+
+@lru_cache(maxsize=MAX_MERGED)
+def _merge(installation: str, added: str) -> PodProfile:
+    """Merge two profiles once: a run with a class is reconciled with each of its reports."""
+    return merge_profiles(PodProfile.model_validate_json(installation), PodProfile.model_validate_json(added))
 
 
 def with_defaults(spec: QLoRAJobSpec, settings: ClassSettings) -> QLoRAJobSpec:

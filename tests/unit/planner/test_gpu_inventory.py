@@ -119,7 +119,7 @@ def test_partitions_that_the_device_plugin_does_not_advertise_now_are_counted_by
     assert (pool.gpus_per_node, pool.unready) == (2, 1)
 
 
-def test_divided_gpus_are_not_counted_as_whole_ones() -> None:
+def test_mig_gpus_are_not_counted_as_undivided_gpus() -> None:
     """The label of a node with the MIG strategy `mixed` counts all GPUs."""
     node = copy.deepcopy(MIXED)
     node["metadata"]["labels"]["nvidia.com/gpu.count"] = "5"

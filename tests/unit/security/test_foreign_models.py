@@ -154,7 +154,7 @@ def test_weights_that_are_no_finite_numbers_are_refused(
 
 
 @pytest.mark.parametrize("use", [open_chat, merge])
-def test_chat_and_merge_look_at_the_weights_before_a_library_does(
+def test_chat_and_merge_check_weights_before_loading_them(
     adapter: Path, base: Path, tmp_path: Path, use: Callable[[Path, Path, Path], object]
 ) -> None:
     (adapter / WEIGHTS).unlink()

@@ -272,7 +272,7 @@ def test_two_runs_of_one_namespace_quarantine_a_node_only_if_more_speaks_against
         ('CreateContainerError: failed to reserve container name "trainer"', False),
     ],
 )
-def test_kubelet_tells_whether_devices_failed(message: str, hardware: bool) -> None:
+def test_rejection_for_a_failed_device_is_hardware_evidence(message: str, hardware: bool) -> None:
     rejected, written = failed(Reason.POD_REJECTED, message=message), failed(message=message)
     assert [found.hardware for found in node_failures(JobRef("ml", "a"), (rejected, written))] == [hardware, False]
 
