@@ -61,8 +61,8 @@ e2e: setup ## the tests on a real node (root on Debian, or QLORA_TEST_KUBECONFIG
 	$(BIN)/pytest tests/e2e
 
 chaos: setup ## every fault of docs/reliability.md in full, and the page's table from it (up to an hour)
-	$(BIN)/python -m tests.cluster build --node
-	$(BIN)/pytest tests/chaos --chaos full --durations=0 --durations-min=5
+	$(BIN)/python -m tests.cluster build --node --controllers
+	$(BIN)/pytest -m promise tests/chaos tests/integration --chaos full --durations=0 --durations-min=5
 
 FUZZ_MINUTES ?= 60
 fuzz: setup ## readers of foreign data with random files and messages, until FUZZ_MINUTES (60) are over

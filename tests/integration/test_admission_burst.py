@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.scale.workload import build_prepare_end
 from qlora_api import names
-from tests.chaos.promises import Dose
+from tests.chaos.promises import Dose, promise
 from tests.cluster.admin import MERGE
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
@@ -75,6 +75,11 @@ def in_parallel(act: Callable[[str], Any], names_: list[str]) -> None:
         list(pool.map(act, names_))
 
 
+@promise(
+    fault="runs and gangs wait in a queue for longer than spec.deadlines.startup, and are admitted at once",
+    promise="all of them train, each in its first attempt: waiting in a queue is not starting",
+    how="100 runs, 10 gangs of 16, the Job controller at its default rate (20 and 2 in `make test`)",
+)
 def test_runs_admitted_at_once_after_a_queue_longer_than_startup_all_train(
     job_namespace: JobNamespace, dose: Dose, outcome: Callable[[str], None]
 ) -> None:

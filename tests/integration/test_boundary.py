@@ -9,6 +9,7 @@ import pytest
 
 from qlora_api import names
 from qlora_operator.cluster.rbac import build_cluster_rules, build_rules
+from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import (
@@ -58,6 +59,11 @@ def wait_for_preparation(namespace: JobNamespace) -> None:
     wait_until(f"preparation in {namespace.namespace}", lambda: PREPARE in namespace.jobs())
 
 
+@promise(
+    fault="somebody creates Jobs with the operator's labels and senseless values",
+    promise="each is ignored with a warning; the runs of all namespaces go on, also after a restart of the operator",
+    how="three Jobs in a namespace beside those of two teams",
+)
 def test_job_with_labels_of_a_child_stops_nobody(team_a: JobNamespace, team_b: JobNamespace, tmp_path: Path) -> None:
     operator = Operator(team_a.cluster, tmp_path).start()
     try:
@@ -85,6 +91,11 @@ def narrow_rights(control_plane: Cluster, team_a: JobNamespace) -> Iterator[None
     install(control_plane)
 
 
+@promise(
+    fault="the operator may not read one of its namespaces, and another one does not exist",
+    promise="it stays healthy and serves the others, and that one as soon as it has the rights",
+    how="a Role in one namespace only, then in the other",
+)
 @pytest.mark.usefixtures("narrow_rights")
 def test_namespace_without_rights_is_served_once_it_has_them(
     team_a: JobNamespace, team_b: JobNamespace, tmp_path: Path

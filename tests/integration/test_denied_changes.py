@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import pytest
 
+from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import CommandError, wait_until
 from tests.integration.operator_process import (
@@ -78,6 +79,11 @@ class Policy:
         return False
 
 
+@promise(
+    fault="a policy denies the operator the deletion of Jobs",
+    promise="a run that is suspended holds no pod all the same, says what was denied, and resumes later",
+    how="a ValidatingAdmissionPolicy, lifted after a while",
+)
 def test_suspended_run_whose_job_may_not_be_deleted_holds_no_pod(job_namespace: JobNamespace) -> None:
     job_namespace.run_to_training()
     policy = Policy(job_namespace, "DELETE")
@@ -95,6 +101,11 @@ def test_suspended_run_whose_job_may_not_be_deleted_holds_no_pod(job_namespace: 
     assert [attempt["number"] for attempt in job_namespace.status()["attempts"]] == [1, 2]
 
 
+@promise(
+    fault="a policy denies the operator the creation of Jobs, with the API server's status for invalid objects",
+    promise="the run waits as PodRejected with the policy's sentence, and starts once it is lifted",
+    how="a ValidatingAdmissionPolicy without a reason",
+)
 def test_run_whose_jobs_a_policy_denies_waits_and_starts_once_it_is_lifted(job_namespace: JobNamespace) -> None:
     policy = Policy(job_namespace, "CREATE")
     policy.put_in_force()

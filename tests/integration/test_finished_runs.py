@@ -10,6 +10,7 @@ import pytest
 from qlora_api import names
 from qlora_api.reasons import Reason
 from qlora_operator.cluster.rbac import build_cluster_rules, build_retention_rules, build_rules
+from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
 from tests.gpu_time import check_gpu_time
@@ -51,6 +52,11 @@ def children(job_namespace: JobNamespace) -> set[str]:
     }
 
 
+@promise(
+    fault="a run failed, and what was wrong was corrected",
+    promise="the annotation runs it again in place, once for each value",
+    how="a preparation that fails, and one that succeeds",
+)
 @pytest.mark.usefixtures("operator")
 def test_failed_run_is_retried_in_place_once_per_request(job_namespace: JobNamespace) -> None:
     job_namespace.submit()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_operator.resources.event import INSTALLATION_REASON
+from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import (
@@ -117,6 +118,11 @@ def test_namespace_changes_hands_when_the_first_installation_no_longer_watches_i
     assert control_plane.get("lease", "cluster", f"--namespace={OPERATOR_NAMESPACE}")["spec"]["holderIdentity"]
 
 
+@promise(
+    fault="two installations of the operator serve the same namespace",
+    promise="each run has one operator, which does not change",
+    how="two operators that start together, six runs",
+)
 def test_two_installations_that_start_together_share_no_run(job_namespace: JobNamespace, start: Start) -> None:
     operators = start("left"), start("right")
     for number in range(6):

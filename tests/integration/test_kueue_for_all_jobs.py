@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_api import names
+from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.controllers import start_kueue
 from tests.cluster.host.commands import wait_until
@@ -62,6 +63,11 @@ def unblock(job_namespace: JobNamespace, name: str) -> None:
     wait_until("it is gone", lambda: not job_namespace.pods_of(names.train_job_name(name, 1)), timeout=PREEMPTED)
 
 
+@promise(
+    fault="Kueue manages all Jobs, and preempts a preparation and later the training",
+    promise="both go on where they were once they are admitted, and no GPU is counted meanwhile",
+    how="the real Kueue, and a run that takes all of the quota",
+)
 def test_preparation_gets_the_queue_of_its_run_and_survives_preemption(job_namespace: JobNamespace) -> None:
     prepare = names.prepare_job_name("ordinary")
     job_namespace.submit("ordinary", resources={"gpusPerNode": 1}, queue={"name": QUEUE, "priorityClass": "ordinary"})

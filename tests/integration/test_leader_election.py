@@ -11,6 +11,7 @@ import pytest
 
 from qlora_api import names
 from qlora_operator.leader_election.lease import LEASE_DURATION, RENEW_DEADLINE
+from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import (
@@ -134,6 +135,11 @@ def test_standby_on_sigterm_exits(replicas: Replicas) -> None:
     assert replicas.holder() == before
 
 
+@promise(
+    fault="the leading operator is frozen, and thaws after another one has taken over",
+    promise="it writes nothing more, and ends",
+    how="SIGSTOP and SIGCONT",
+)
 def test_frozen_leader_writes_nothing_after_thaw(replicas: Replicas, job_namespace: JobNamespace) -> None:
     leader, _ = replicas.start()
     assert leader.process

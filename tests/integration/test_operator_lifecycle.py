@@ -11,6 +11,7 @@ import yaml
 
 from qlora_api import names
 from qlora_operator.lifecycle.job_deadline import SAFETY_MARGIN
+from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import (
@@ -76,6 +77,11 @@ def test_operator_without_namespaces_serves_cluster(
         operator.stop()
 
 
+@promise(
+    fault="a QLoRAJob is deleted and created again while its Jobs end",
+    promise="the new one has Jobs of its own, and finds the result of the old one",
+    how="`kubectl delete --wait=false`, and `create`",
+)
 @pytest.mark.usefixtures("operator")
 def test_recreated_job_gets_its_own_children(job_namespace: JobNamespace) -> None:
     job_namespace.run_to_training()
@@ -195,6 +201,11 @@ def test_total_deadline_fails_run(job_namespace: JobNamespace) -> None:
     assert "exceeded its deadline (what was left of spec.deadlines.total)" in status["message"]
 
 
+@promise(
+    fault="a pod with a node cannot pull its image",
+    promise="its node is given back at spec.deadlines.startup, with the kubelet's sentence in the attempt",
+    how="the test plays the kubelet",
+)
 @pytest.mark.usefixtures("operator")
 def test_startup_deadline_releases_node(job_namespace: JobNamespace) -> None:
     job_namespace.submit(deadlines={"startup": "5s"})
@@ -203,7 +214,7 @@ def test_startup_deadline_releases_node(job_namespace: JobNamespace) -> None:
     job_namespace.set_pod(TRAIN, "Pending", {"waiting": {"reason": "ImagePullBackOff", "message": "denied"}})
     job_namespace.wait_for("Scheduling", "ImagePullFailed")
     pod = job_namespace.pod_name(TRAIN)
-    wait_until("the pod is told to end", lambda: "deletionTimestamp" in job_namespace.metadata("pods", pod))
+    wait_until("deletion of the pod", lambda: "deletionTimestamp" in job_namespace.metadata("pods", pod))
     (attempt,) = job_namespace.wait_for("Scheduling", "ImagePullFailed")["attempts"]
     assert (attempt["reason"], attempt["domain"]) == ("ImagePullFailed", "node")
     assert "denied" in attempt["message"]
@@ -230,6 +241,11 @@ def test_denied_pod_is_in_status(installed: Cluster, job_namespace: JobNamespace
     assert "must not have leading or trailing whitespace" in message
 
 
+@promise(
+    fault="the quota of a namespace is used up",
+    promise="the run waits as PodRejected with the API server's sentence",
+    how="a ResourceQuota without Jobs",
+)
 @pytest.mark.usefixtures("operator")
 def test_quota_is_waited_for(job_namespace: JobNamespace) -> None:
     job_namespace.kubectl("create", "quota", "none", "--hard=count/jobs.batch=0")

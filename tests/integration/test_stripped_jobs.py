@@ -8,6 +8,7 @@ from typing import Final
 import pytest
 
 from qlora_api import names
+from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import PREPARE, TRAIN, JobNamespace, Operator
@@ -29,6 +30,11 @@ def restored(namespace: JobNamespace, job: str) -> bool:
     return bool(metadata.get("ownerReferences")) and names.MANAGED_BY_LABEL in (metadata.get("labels") or {})
 
 
+@promise(
+    fault="somebody removes the labels or the owner of a training Job",
+    promise="it gets them back, trains on, and no second one is created",
+    how="`kubectl patch` of a Job in training",
+)
 @pytest.mark.parametrize("patch", [REMOVE_LABELS, REMOVE_OWNER], ids=["labels", "owner"])
 def test_job_without_labels_or_owner_trains_on(job_namespace: JobNamespace, patch: str) -> None:
     job_namespace.run_to_training()

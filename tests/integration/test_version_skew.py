@@ -12,6 +12,7 @@ import yaml
 
 from qlora_api import names
 from qlora_api.reasons import Reason
+from tests.chaos.promises import promise
 from tests.cluster.cluster import Cluster
 from tests.cluster.host.commands import wait_until
 from tests.integration.operator_process import JobNamespace, Operator, install
@@ -180,6 +181,11 @@ def check_unnoticed(namespace: JobNamespace, before: tuple[dict[str, str], dict[
         time.sleep(0.2)
 
 
+@promise(
+    fault="CRD and operator are upgraded and rolled back, not at the same time",
+    promise="runs that prepare, train, are retried, suspended and ended do not notice",
+    how="the CRDs of three versions, and a status with fields and reasons of the next one",
+)
 def test_runs_of_five_phases_outlive_crds_of_three_versions(
     operator: Operator, installed: Cluster, job_namespace: JobNamespace
 ) -> None:
