@@ -427,8 +427,12 @@ def test_interrupted_training_resumes_from_checkpoint(
     interruptions = INTERRUPTIONS[: dose(short=1, full=len(INTERRUPTIONS))]
     reasons = [reason for reason, _ in interruptions]
     run = Run(configured, "beset")
+    # Enough steps that each attempt is seen to train; it repeats few of them.
+    steps = dose(short=STEPS, full=4 * STEPS)
     # Short for the last one only: on a busy machine a step may take as long.
-    configured.submit(run_manifest(run.name, deadlines={"heartbeat": f"{dose(short=300, full=10)}s"}))
+    deadlines = {"heartbeat": f"{dose(short=300, full=10)}s"}
+    dataset, training = {"maxSamples": 5 * steps}, {"maxSteps": steps}
+    configured.submit(run_manifest(run.name, deadlines=deadlines, dataset=dataset, training=training))
     reached: list[int] = []
     resumed: list[int] = []
     for number, (_, provoke) in enumerate(interruptions, start=1):
@@ -439,12 +443,12 @@ def test_interrupted_training_resumes_from_checkpoint(
         provoke(run)
     status = run.finished()
     resumed.append(resumed_after(run, len(reasons) + 1))
-    assert (status["phase"], status["step"]) == ("Succeeded", f"{STEPS}/{STEPS}"), status["message"]
+    assert (status["phase"], status["step"]) == ("Succeeded", f"{steps}/{steps}"), status["message"]
     assert run.reasons() == [*reasons, "Published"]
-    steps = list(zip(reasons, reached, resumed, strict=True))
-    assert all(after >= before - INTERVAL for _, before, after in steps)
+    seen = list(zip(reasons, reached, resumed, strict=True))
+    assert all(after >= before - INTERVAL for _, before, after in seen)
     outcome(
-        "; ".join(f"{reason} after step {before} or later, resumed after {after}" for reason, before, after in steps)
+        "; ".join(f"{reason} after step {before} or later, resumed after {after}" for reason, before, after in seen)
     )
 
 
