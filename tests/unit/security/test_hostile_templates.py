@@ -1,5 +1,6 @@
 """Chat templates are programs of somebody else: each ends in seconds, with a reason, and learns nothing."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any, Final
@@ -114,6 +115,50 @@ def test_template_slow_on_every_row_ends_the_run(tokenizer: Any) -> None:
     template = load_chat_template(tokenizer, source)
     with pytest.raises(RunError, match="did not end within 3 s"):
         encode_chats([chat("now")] * 1000, template, "auto")
+
+
+LONG_ON_TRIGGER: Final = ON_TRIGGER.replace("ATTACK", "{% set n = 9000000 %}{{ 'a' * n }}")
+TOO_LARGE: Final = "the chat template renders more than 8 MiB of text for it; split the row, or correct the template"
+
+
+def test_row_rendered_to_more_than_can_be_tokenized_is_named(tokenizer: Any) -> None:
+    """A token takes 256 bytes, and a batch may have 32 million characters."""
+    template = load_chat_template(tokenizer, LONG_ON_TRIGGER)
+    bad, good = encode_chats([chat("now"), chat("hello")], template, "auto")
+    assert isinstance(bad, RowError)
+    assert str(bad) == TOO_LARGE
+    assert isinstance(good, TokenRow)
+
+
+def test_template_that_renders_more_than_can_be_tokenized_is_refused(tokenizer: Any) -> None:
+    with pytest.raises(RunError) as refusal:
+        load_chat_template(tokenizer, LONG_ON_TRIGGER.replace("'now'", "'Hello'"))
+    assert refusal.value.message == f"spec.dataset.chatTemplate: with a question and an answer, {TOO_LARGE}"
+
+
+def test_template_of_the_model_that_is_too_long_is_refused() -> None:
+    """Limits of text were multiples of a request, the template included."""
+    hostile = make_tokenizer()
+    hostile.chat_template = "x" * 1_000_001 + HARMLESS
+    with pytest.raises(RunError, match=r"^spec\.model\.uri: the chat template has more than 1,000,000 char") as refusal:
+        load_chat_template(hostile, None)
+    assert refusal.value.reason is Reason.MODEL_UNSUPPORTED
+
+
+def test_row_with_every_private_use_character_is_named(tokenizer: Any) -> None:
+    """Two of them mark an answer; the process ended without any, as if the template were at fault."""
+    codes = itertools.chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+    bad, good = encode_chats(
+        [chat("".join(map(chr, codes))), chat("hello")], load_chat_template(tokenizer, HARMLESS), "auto"
+    )
+    assert isinstance(bad, RowError)
+    assert "private-use characters" in str(bad)
+    assert isinstance(good, TokenRow)
+
+
+def test_template_that_renders_half_a_character_is_named(tokenizer: Any) -> None:
+    (row,) = encode_chats([chat("Hi")], load_chat_template(tokenizer, "{{ '\\ud800' }}" + HARMLESS), "auto")
+    assert str(row) == "the chat template renders half a character, a lone surrogate; correct the template"
 
 
 def test_template_of_the_model_is_refused_as_unsupported() -> None:

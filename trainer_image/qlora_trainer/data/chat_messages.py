@@ -21,6 +21,8 @@ _LABEL_FLAGS: Final = ("weight", "train", "loss")
 """Fields of a message that say whether its answer is trained on: of OpenAI, axolotl and ms-swift."""
 _SYSTEM_FIELDS: Final = ("system", "system_prompt")
 """Fields of a row with the system message, as in ShareGPT datasets."""
+_MAX_MESSAGES: Final = 2000
+"""Of a conversation: each answer is located by rendering all, so that the time is quadratic; 10 s for so many."""
 _MEDIA_FIELDS: Final = ("image", "images", "video", "videos", "audio", "audios")
 _MESSAGES_AS_TEXT: Final = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')
 _TEXT_PARTS: Final = ("text", "input_text", "output_text")
@@ -93,6 +95,8 @@ def _as_list(turns: Any, name: str) -> list[Any]:
         turns = parse_json_text(turns, f"field '{name}'")
     if not isinstance(turns, list):
         raise RowError(f"field '{name}' is {kind_of(turns)}, not a list of messages; write [{{…}}, {{…}}]")
+    if len(turns) > _MAX_MESSAGES:
+        raise RowError(f"field '{name}' has {len(turns):,} messages, more than {_MAX_MESSAGES:,}; split the row")
     if not turns:
         raise RowError(f"field '{name}' is empty; add a question and an answer, or remove the row")
     return turns

@@ -95,13 +95,20 @@ class ChatRenderer:
             )
         source = self._source_for(chat)
         characters = tuple(itertools.islice(unused_characters(chat, source), 2 * len(chat.messages)))
+        if len(characters) < 2 * len(chat.messages):
+            raise RowError(
+                "it has nearly all private-use characters of Unicode, and some mark its answers; remove them"
+            )
         check = FieldCheck(
             lambda changed: self.render_messages(changed.messages, changed), Marks(*characters[:2]),
             self.rendered_shapes,
         )  # fmt: skip
-        return ChatParts(self, chat, check, characters, with_prompt).render(
+        parts = ChatParts(self, chat, check, characters, with_prompt).render(
             pending, chat.masked if loss == "all" else ()
         )
+        if any("\ud800" <= character <= "\udfff" for part in parts for character in {*part.text, *part.prompt}):
+            raise RowError("the chat template renders half a character, a lone surrogate; correct the template")
+        return parts
 
     def render_prompt(self, messages: Sequence[Message], chat: Chat) -> str:
         """Render messages with the generation prompt and the tools of `chat`, or raise RowError."""

@@ -16,6 +16,8 @@ from qlora_trainer.data.tokenization import Span, TokenRow, tokenize
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import MODEL_FIELD
 
+_MAX_TEMPLATE_CHARACTERS: Final = 1_000_000
+"""Of a chat template: ten times those of the largest models, and a compilation of seconds."""
 _EMPTY_CHAT: Final = Chat(())
 _QUESTION: Final[Message] = {"role": "user", "content": "Hello"}
 
@@ -101,6 +103,11 @@ def load_chat_template(tokenizer: Any, given: str | None, field: str = MODEL_FIE
         reason=reason,
         tools_source=tools_source,
     )
+    if max(len(source), len(tools_source)) > _MAX_TEMPLATE_CHARACTERS:
+        raise RunError(
+            reason,
+            f"{template.field}: the chat template has more than {_MAX_TEMPLATE_CHARACTERS:,} characters; shorten it",
+        )
     try:
         text = template.render_answered((_QUESTION, {"role": "assistant", "content": CLOSE}))
     except TemplateRejectionError as error:
@@ -110,6 +117,8 @@ def load_chat_template(tokenizer: Any, given: str | None, field: str = MODEL_FIE
             f"{template.field}: the chat template cannot render a question and its answer: {line}{error.error}; "
             "correct it",
         ) from error
+    except RowError as error:  # too much text
+        raise RunError(reason, f"{template.field}: with a question and an answer, {error}") from error
     return replace(template, stop_token=_first_special_token(text.partition(CLOSE)[2], tokenizer))
 
 

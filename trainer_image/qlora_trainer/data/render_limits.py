@@ -14,7 +14,9 @@ CPU_SECONDS: Final = 3.0
 _SECONDS_PER_RENDERING: Final = 0.005
 """Added to the budget by each rendering: ten times what a template of a hub's model takes for a short conversation."""
 _SECONDS_PER_MIB: Final = 0.5
-"""Added for each MiB that is rendered: templates read a text several times."""
+"""Added for each MiB that is rendered, of a multiple of the row: templates read a text several times."""
+ROW_SECONDS: Final = 60.0
+"""CPU time of all renderings of a row, and of what finds its answers in them."""
 MEMORY_BYTES: Final = 1024 * MIB
 """On top of what the interpreter takes, and of a multiple of the rows."""
 TEXT_CHARACTERS: Final = 32_000_000
@@ -38,7 +40,22 @@ class CpuBudget:
 
     left: float = CPU_SECONDS
     enabled: bool = False
-    """Only in the child process: SIGPROF ends the process."""
+    """Only in the child process: SIGPROF and SIGVTALRM end the process."""
+    row_bytes: int = 0
+    """Size of the row, as text beyond a multiple of it is the template's own."""
+
+    @contextlib.contextmanager
+    def one_row(self, size: int) -> Iterator[None]:
+        """Count down while a row is rendered as often as it has answers and fields."""
+        self.row_bytes = size
+        if not self.enabled:
+            yield
+            return
+        signal.setitimer(signal.ITIMER_VIRTUAL, ROW_SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
     @contextlib.contextmanager
     def spending(self) -> Iterator[None]:
@@ -59,7 +76,7 @@ class CpuBudget:
 
     def add_for_text(self, text: str) -> None:
         """Add what rendering a text of this length may take."""
-        self.add(len(text) / MIB * _SECONDS_PER_MIB)
+        self.add(min(len(text), TEXT_PER_BYTE * self.row_bytes) / MIB * _SECONDS_PER_MIB)
 
 
 CPU_BUDGET: Final = CpuBudget()
@@ -68,8 +85,9 @@ CPU_BUDGET: Final = CpuBudget()
 def limit_process() -> int:
     """Limit this process for good: it writes no file and dumps no core. Return the bytes that it has mapped."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+    for alarm in (signal.SIGPROF, signal.SIGVTALRM):
+        signal.signal(alarm, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {alarm})
     CPU_BUDGET.enabled = True
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[0]) * resource.getpagesize() if status.is_file() else 0

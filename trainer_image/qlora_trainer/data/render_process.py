@@ -19,23 +19,30 @@ from typing import IO, Any, Final, NamedTuple
 
 from qlora_trainer.data.chat_renderer import ChatRenderer, TemplateRejectionError, cause_of, set_fixed_clock
 from qlora_trainer.data.render_limits import (
+    CPU_BUDGET,
     CPU_SECONDS,
     MEMORY_BYTES,
     MIB,
     PARTS_CHARACTERS,
     PARTS_PER_BYTE,
+    ROW_SECONDS,
     TEXT_CHARACTERS,
     TEXT_PER_BYTE,
     limit_memory,
     limit_process,
 )
-from qlora_trainer.data.rows import RowError
+from qlora_trainer.data.rows import MAX_TEXT_BYTES, RowError
 
 _LENGTH: Final = struct.Struct("!Q")
 _READY: Final = b"ready\n"
 _TOO_SLOW: Final = f"did not end within {CPU_SECONDS:g} s of CPU time"
+_TOO_SLOW_ROW: Final = f"took more than {ROW_SECONDS:g} s of CPU time for one row"
 _TOO_MUCH_MEMORY: Final = f"took more than {MEMORY_BYTES // MIB:,} MiB of memory"
 _TOO_LONG: Final = f"rendered more than {TEXT_CHARACTERS // 10**6} million characters"
+_TOO_LARGE: Final = (
+    f"the chat template renders more than {MAX_TEXT_BYTES // MIB} MiB of text for it; split the row, or correct the "
+    "template"
+)
 _TOO_MANY_PARTS: Final = (
     "the chat template rewrites its earlier answers, so that each is learned from a text of its own, and these are too "
     "long together; split the row"
@@ -72,10 +79,11 @@ class RenderProcess:
             RenderLimitError: The template takes too much time or memory, or renders too much text.
 
         """
-        request = pickle.dumps((renderer, [_dump(call) for call in calls]))
+        dumped = [_dump(call) for call in calls]
+        request = pickle.dumps((renderer, dumped))
         with self._lock:
             try:
-                return [_to_outcome(answer) for answer in self._exchange(request, len(calls))]
+                return [_to_outcome(answer) for answer in self._exchange(request, dumped)]
             except BaseException:
                 self.close()  # the answers that are left belong to this request
                 raise
@@ -91,7 +99,7 @@ class RenderProcess:
                     with contextlib.suppress(OSError):  # flushes into a pipe that nobody reads any more
                         stream.close()
 
-    def _exchange(self, request: bytes, calls: int) -> Iterator[dict[str, Any]]:
+    def _exchange(self, request: bytes, calls: Sequence[bytes | None]) -> Iterator[dict[str, Any]]:
         if self._child is None or self._child.poll() is not None:
             self._child = _start()
         child = self._child
@@ -100,9 +108,10 @@ class RenderProcess:
         with contextlib.suppress(BrokenPipeError):  # the first answer is missing then, and the exit code says why
             child.stdin.write(_LENGTH.pack(len(request)) + request)
             child.stdin.flush()
-        for _ in range(calls):
-            # JSON takes at most six bytes for a character.
-            line = child.stdout.readline(6 * (_text_limit(len(request)) + TEXT_CHARACTERS) + _BYTES_PER_LINE)
+        # JSON takes at most six bytes for a character.
+        longest = 6 * (_text_limit(calls) + TEXT_CHARACTERS) + _BYTES_PER_LINE
+        for _ in calls:
+            line = child.stdout.readline(longest)
             if not line.endswith(b"\n"):
                 raise RenderLimitError(_why_ended(child.wait()))
             answer: dict[str, Any] = json.loads(line)
@@ -157,13 +166,16 @@ def _why_ended(code: int) -> str:
     """Say what an exit code means."""
     if code == -signal.SIGPROF:
         return _TOO_SLOW
+    if code == -signal.SIGVTALRM:
+        return _TOO_SLOW_ROW
     if code == -signal.SIGKILL:
         return _TOO_MUCH_MEMORY  # the kernel's OOM killer, in a pod with less than the limit
     return f"ended the process that rendered it (exit code {code})"
 
 
-def _text_limit(size: int) -> int:
-    return TEXT_CHARACTERS + TEXT_PER_BYTE * size
+def _text_limit(calls: Sequence[bytes | None]) -> int:
+    """Return the characters that a batch may be rendered to: by its rows, whatever the template has itself."""
+    return TEXT_CHARACTERS + TEXT_PER_BYTE * sum(len(call or b"") for call in calls)
 
 
 def _parts_limit(size: int) -> int:
@@ -185,9 +197,9 @@ def main() -> None:
 
 def _answer(request: bytes, answers: IO[bytes]) -> None:
     """Write one line for each call, the last one for a limit that was exceeded."""
-    text_left = _text_limit(len(request))
     try:
         renderer, calls = pickle.loads(request)  # noqa: S301 (of the parent)
+        text_left = _text_limit(calls)
         for call in calls:
             answer = _call(renderer, call)
             *earlier, whole = _texts_of(answer)
@@ -198,10 +210,22 @@ def _answer(request: bytes, answers: IO[bytes]) -> None:
             if text_left < 0:
                 answers.write(_to_line({"limit": _TOO_LONG}))
                 break
+            if any(map(_is_too_large, _tokenized_texts(answer))):
+                answer = {"error": _TOO_LARGE}
             answers.write(_to_line(answer))
     except MemoryError:
         answers.write(_to_line({"limit": _TOO_MUCH_MEMORY}))
     answers.flush()
+
+
+def _tokenized_texts(answer: Mapping[str, Any]) -> list[str]:
+    value = answer.get("value", "")
+    return [value] if isinstance(value, str) else [text for part in value for text in (part.text, part.prompt)]
+
+
+def _is_too_large(text: str) -> bool:
+    """Return whether a text has more bytes than can be tokenized."""
+    return 4 * len(text) > MAX_TEXT_BYTES and len(text.encode(errors="surrogatepass")) > MAX_TEXT_BYTES
 
 
 def _texts_of(answer: Mapping[str, Any]) -> list[str]:
@@ -220,7 +244,8 @@ def _call(renderer: ChatRenderer, pickled: bytes | None) -> dict[str, Any]:
     method, arguments, options = pickle.loads(pickled)  # noqa: S301 (of the parent)
     random.seed(0)  # Jinja's filter `random` makes the same choice for the same row
     try:
-        return {"value": getattr(renderer, method)(*arguments, **options)}
+        with CPU_BUDGET.one_row(len(pickled)):
+            return {"value": getattr(renderer, method)(*arguments, **options)}
     except TemplateRejectionError as error:
         return {"rejected": (error.error, error.kind, error.line)}
     except RowError as error:
