@@ -30,22 +30,23 @@ class TooManyValuesError(InvalidJsonError):
     """The text has so many values that they would take all memory."""
 
 
-def check_values(content: str | bytes, start: int = 0) -> None:
+def check_values(content: str | bytes, start: int = 0, maximum: int = MAX_VALUES) -> None:
     """Raise TooManyValuesError if a JSON text may have too many values; signs in its strings count as well.
 
     Args:
         content: JSON, or the start of one.
         start: Where it begins in the text.
+        maximum: Maximum number of values.
 
     """
-    if len(content) - start <= MAX_VALUES:
+    if len(content) - start <= maximum:
         return
     if isinstance(content, str):
         count = sum(content.count(sign, start) for sign in "[{,")
     else:
         count = sum(content.count(sign, start) for sign in (b"[", b"{", b","))
-    if count > MAX_VALUES:
-        raise TooManyValuesError(f"has more than {MAX_VALUES:,} values")
+    if count > maximum:
+        raise TooManyValuesError(f"has more than {maximum:,} values")
 
 
 def parse_json(content: str | bytes) -> Any:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tokenizers import Regex, Tokenizer
+from tokenizers import Regex, Tokenizer, decoders
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
@@ -14,8 +14,9 @@ from qlora_api.reasons import Reason
 from qlora_planner.models.families import read_recorded_shape, read_shape
 from qlora_planner.models.shapes import UnknownModelError
 from qlora_trainer.data import tokenization
-from qlora_trainer.data.tokenization import prompt_ids
+from qlora_trainer.data.tokenization import decode, decode_answers, prompt_ids
 from qlora_trainer.errors import RunError
+from qlora_trainer.model import architecture
 from qlora_trainer.model.architecture import build_empty, load_tokenizer
 from qlora_trainer.runtime.resource_limits import memory_limit
 from qlora_trainer.storage.snapshots import check_text_files
@@ -83,11 +84,35 @@ def test_planner_refuses_a_recorded_config_that_is_no_object(config):
         read_recorded_shape(config)
 
 
+def with_charsmap(charsmap: str) -> str:
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    return json.dumps({"version": "1.0", "normalizer": normalizer, "model": model})
+
+
 TOKENIZERS = {
     "no-json": "{",
     "other-json": '{"version": "1.0", "model": {"type": "X"}}',
     "list": "[]",
     "deep": "[" * 100_000,
+    # Each of these makes the library panic.
+    "merge-longer-than-any-token": json.dumps(
+        {"version": "1.0", "model": {"type": "BPE", "vocab": {"aa": 0, "bb": 1}, "merges": [["aa", "bb"]]}}
+    ),
+    "prefix-longer-than-a-token": json.dumps(
+        {
+            "version": "1.0",
+            "model": {
+                "type": "BPE",
+                "vocab": {"a": 0},
+                "merges": [["a", "a"]],
+                "continuing_subword_prefix": "##########",
+            },
+        }
+    ),
+    "charsmap-no-base64": with_charsmap("!"),
+    "charsmap-empty": with_charsmap(""),
+    "charsmap-beyond": with_charsmap("////f2FiY2Q="),
     "regex": json.dumps(
         {
             "version": "1.0",
@@ -125,9 +150,37 @@ def test_regular_expression_of_exponential_time_is_model_unsupported():
 
 def test_tokenizer_that_does_not_come_back_is_model_unsupported(monkeypatch):
     monkeypatch.setattr(tokenization, "MAX_SECONDS", 0.1)
-    with pytest.raises(RunError, match=r"spec\.model\.uri: its tokenizer takes more than 0\.1 s for 1 rows") as caught:
+    with pytest.raises(
+        RunError, match=r"spec\.model\.uri: its tokenizer cannot encode a row: it takes more than 0\.1 s; use"
+    ) as caught:
         prompt_ids(["a"], lambda *_, **__: time.sleep(5))
     assert caught.value.reason is Reason.MODEL_UNSUPPORTED
+
+
+def test_decoder_that_panics_is_model_unsupported():
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.decoder = decoders.Strip("a", 5, 5)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    for call in (lambda: decode(wrapped, [0]), lambda: decode_answers(wrapped, [[0]])):
+        with pytest.raises(RunError, match=r"its tokenizer cannot decode tokens: index out of bounds") as caught:
+            call()
+        assert caught.value.reason is Reason.MODEL_UNSUPPORTED
+
+
+def test_tokenizer_with_too_many_values_is_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr(architecture, "_MAX_TOKENIZER_VALUES", 1000)
+    write_config(tmp_path, LLAMA)
+    (tmp_path / "tokenizer.json").write_text("[" * 1001)
+    with pytest.raises(RunError, match=r"tokenizer\.json has more than 1,000 values; use another tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokenizer_that_takes_too_long_to_load_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(architecture, "_LOAD_SECONDS", 0.1)
+    monkeypatch.setattr(architecture.AutoTokenizer, "from_pretrained", lambda *_, **__: time.sleep(5))
+    write_config(tmp_path, LLAMA)
+    with pytest.raises(RunError, match=r"its tokenizer cannot be loaded: it takes more than 0\.1 s"):
+        load_tokenizer(tmp_path)
 
 
 def test_tokenizer_without_a_token_for_a_text_is_model_unsupported():

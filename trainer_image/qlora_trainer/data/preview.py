@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from qlora_api.report import TextSpan
-from qlora_trainer.data.tokenization import Span, TokenRow
+from qlora_trainer.data.tokenization import Span, TokenRow, decode
 
 SHOWN_ROWS: Final = 3
 _SHOWN_CHARACTERS: Final = 2000
@@ -22,7 +22,7 @@ def shown_rows(count: int) -> tuple[int, ...]:
 def preview(row: TokenRow, tokenizer: Any) -> tuple[TextSpan, ...]:
     """Return a row as alternating spans with and without labels; special tokens are shown."""
     return tuple(
-        TextSpan(text=_shortened(tokenizer.decode(list(row.input_ids[start:end]))), learned=learned)
+        TextSpan(text=_shortened(decode(tokenizer, row.input_ids[start:end])), learned=learned)
         for (start, end), learned in _split_by_label(row)
     )
 

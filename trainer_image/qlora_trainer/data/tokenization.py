@@ -1,17 +1,19 @@
 """Encodes prompts, answers and texts as token rows: special tokens once, labels up to the end-of-text token."""
 
-import queue
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
 from qlora_api.reasons import Reason
+from qlora_api.units import MIB
 from qlora_trainer.data.rows import Example, Text
 from qlora_trainer.errors import RunError
+from qlora_trainer.runtime.resource_limits import call_native
 
 MAX_SECONDS: Final = 300.0
 """Time for a batch: tokenizers take 1 to 10 s for the 8 MiB that it may have, and Python's own up to a minute."""
+MAX_BYTES: Final = 2560 * MIB
+"""Memory for a batch, of the prepare pod's 4 GiB: it takes up to 2 GiB, at 256 bytes for each of 8 Mi tokens."""
 Span: TypeAlias = tuple[int, int]
 """A half-open range of positions."""
 
@@ -69,34 +71,31 @@ def prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:
-    """Return what the tokenizer makes of a batch of texts, or raise ModelUnsupported if it fails or takes too long.
+    """Return what the tokenizer makes of a batch of texts, or raise ModelUnsupported if it fails or takes too much.
 
-    Its regular expressions are the model author's, and may take exponential time. In another thread, as native code
-    cannot be interrupted: the run ends while it still computes.
+    Its regular expressions are the model author's, and may take exponential time; its steps may multiply a text.
     """
-    results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    return _call(lambda: tokenizer(list(texts), **options), "encode a row")
 
-    def call() -> None:
-        try:
-            results.put((tokenizer(list(texts), **options), None))
-        except BaseException as error:  # a panic of the tokenizers library is no Exception
-            results.put((None, error))
 
-    threading.Thread(target=call, name="tokenizer", daemon=True).start()
+def decode(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return the text of tokens, special ones included; raises as `tokenize`."""
+    return str(_call(lambda: tokenizer.decode(list(ids)), "decode tokens"))
+
+
+def decode_answers(tokenizer: Any, answers: Sequence[Sequence[int]]) -> list[str]:
+    """Return the texts of answers without special tokens; raises as `tokenize`."""
+    return list(_call(lambda: tokenizer.batch_decode(answers, skip_special_tokens=True), "decode tokens"))
+
+
+def _call(call: Callable[[], Any], action: str) -> Any:
     try:
-        encoded, error = results.get(timeout=MAX_SECONDS)
-    except queue.Empty:
+        return call_native(call, MAX_SECONDS, MAX_BYTES)
+    except Exception as error:  # whatever a tokenizer raises for a text that it was not made for
         raise RunError(
             Reason.MODEL_UNSUPPORTED,
-            f"spec.model.uri: its tokenizer takes more than {MAX_SECONDS:g} s for {len(texts)} rows; use another "
-            "model, or shorten the rows",
-        ) from None
-    if error is not None:
-        raise RunError(
-            Reason.MODEL_UNSUPPORTED,
-            f"spec.model.uri: its tokenizer cannot encode a row: {str(error)[:500]}; use another model",
+            f"spec.model.uri: its tokenizer cannot {action}: {str(error)[:500]}; use another model",
         ) from error
-    return encoded
 
 
 def _single_start(ids: list[int], tokenizer: Any) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from qlora_trainer.data.chat_template import end_of_turn_token
-from qlora_trainer.data.tokenization import TokenRow
+from qlora_trainer.data.tokenization import TokenRow, decode_answers
 from qlora_trainer.model.base_model import TrainableModel
 from qlora_trainer.model.generation_config import simple_settings
 
@@ -63,7 +63,7 @@ def generate_batch(
     with trainable.autocast(), simple_settings(trainable.model):
         generated = trainable.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     answers = generated[:, width:].tolist()
-    texts = tokenizer.batch_decode([until_stop(answer, stops) for answer in answers], skip_special_tokens=True)
+    texts = decode_answers(tokenizer, [until_stop(answer, stops) for answer in answers])
     complete = [any(token in stops for token in answer) for answer in answers]
     return [Answer(*pair) for pair in zip(texts, complete, strict=True)]
 

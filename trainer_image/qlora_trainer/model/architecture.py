@@ -13,15 +13,15 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from qlora_api.foreign_files import read_object
+from qlora_api.foreign_files import read_file, read_object
 from qlora_api.model_config import MAX_CONFIG_BYTES, MAX_PARAMETERS, MAX_TOKENIZER_CONFIG_BYTES
 from qlora_api.reasons import Reason
-from qlora_api.units import GIB
-from qlora_api.untrusted_json import InvalidJsonError
+from qlora_api.units import GIB, MIB
+from qlora_api.untrusted_json import InvalidJsonError, TooManyValuesError, check_values
 from qlora_trainer.errors import RunError
 from qlora_trainer.model.model_files import check_model_files, check_no_special
 from qlora_trainer.model.quantization import QuantizableWeights, count_quantizable
-from qlora_trainer.runtime.resource_limits import cpu_time_limit, memory_limit
+from qlora_trainer.runtime.resource_limits import call_native, cpu_time_limit, memory_limit
 from qlora_trainer.storage.snapshots import MAX_TEXT_FILE_BYTES, text_files
 
 _BUILD_BYTES: Final = GIB
@@ -29,6 +29,12 @@ _BUILD_BYTES: Final = GIB
 _BUILD_SECONDS: Final = 60.0
 """CPU time to build it: seconds for the largest ones; a config.json may ask for a billion layers."""
 
+_LOAD_SECONDS: Final = 120.0
+"""To load a tokenizer: seconds, and half a minute where merges are derived from a SentencePiece model."""
+_LOAD_BYTES: Final = 2560 * MIB
+"""Memory to load a tokenizer, of the prepare pod's 4 GiB: Gemma 3's takes 500 MiB."""
+_MAX_TOKENIZER_VALUES: Final = 10_000_000
+"""Values in a tokenizer's JSON: five times those of Gemma 3, and 640 MiB as empty lists."""
 _MAX_EXPANSION: Final = 10_000
 """Characters that a tokenizer may make of one: published ones replace one by three at most, in a few steps, and add two
 or three tokens to a text."""
@@ -229,7 +235,9 @@ def load_tokenizer(folder: Path, chat_template: str | None = None, field: str = 
     try:
         _check_tokenizer_files(folder)
         _check_tokenizer_class(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = call_native(
+            lambda: AutoTokenizer.from_pretrained(folder, trust_remote_code=False), _LOAD_SECONDS, _LOAD_BYTES
+        )
         check_expansion(getattr(tokenizer, "backend_tokenizer", None))
         _check_templates(tokenizer.chat_template)
     # The tokenizers library raises plain Exception for a file that it cannot read.
@@ -279,11 +287,17 @@ def _expansion_of(step: Any) -> int:
 
 
 def _check_tokenizer_files(folder: Path) -> None:
-    """Raise ValueError if a file is larger than any tokenizer's."""
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
-    for name in text_files(sizes):
-        if sizes[name] > MAX_TEXT_FILE_BYTES:
+    """Raise ValueError if a file is larger than any tokenizer's, or takes a multiple of its size."""
+    paths = {path.name: path for path in folder.iterdir() if path.is_file()}
+    for name in text_files(paths):
+        if paths[name].stat().st_size > MAX_TEXT_FILE_BYTES:
             raise ValueError(f"{name} has more than {MAX_TEXT_FILE_BYTES:,} bytes; use another tokenizer")
+        if not name.endswith(".json"):
+            continue
+        try:
+            check_values(read_file(paths[name], MAX_TEXT_FILE_BYTES), maximum=_MAX_TOKENIZER_VALUES)
+        except TooManyValuesError as error:
+            raise ValueError(f"{name} {error}; use another tokenizer") from error
 
 
 def _check_tokenizer_class(folder: Path) -> None:
