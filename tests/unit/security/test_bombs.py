@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from qlora_api.untrusted_json import InvalidJsonError, parse_object
 from qlora_api.v1alpha1 import DataSource
 from qlora_cli.local.output_store import MAX_REPORT_BYTES
 from qlora_trainer.data import compressed_files, file_readers, row_formats, rows, sources
+from qlora_trainer.data.rows import Text, group_of
 from qlora_trainer.data.sources import make_source
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage import store
@@ -31,6 +33,7 @@ MAX_PEAK_BYTES = 1280 * MIB
 def read_dataset(path: Path) -> str:
     for name, value in SCALED.items():
         setattr(compressed_files if name == "MIN_DECOMPRESSED_BYTES" else file_readers, name, value)
+    file_readers.MIN_TOTAL_VALUES = 5_000_000
     row_formats.MAX_TEXT_BYTES = rows.MAX_TEXT_BYTES = MIB
     source = make_source(DATASET_FIELD, (path,), DataSource(uri="s3://data/rows"), None)
     return str(sum(1 for located in source.rows() if located.row.digest))
@@ -130,6 +133,36 @@ def no_columns(path: Path) -> None:
         file.write_batch(batch)
 
 
+def list_of_nulls(path: Path) -> None:
+    """Write 4 million nulls in a few hundred bytes."""
+    nulls = pa.nulls(4_000_000, pa.int8())
+    write_columns(path, text=pa.array(["a"]), x=pa.ListArray.from_arrays(pa.array([0, len(nulls)], pa.int32()), nulls))
+
+
+def runs_of_a_list(path: Path) -> None:
+    lists = pa.ListArray.from_arrays(pa.array([0, 4_000_000], pa.int32()), pa.nulls(4_000_000))
+    write_ipc(path, text=pa.RunEndEncodedArray.from_arrays(pa.array([20], pa.int32()), lists))
+
+
+def rows_of_nulls(path: Path) -> None:
+    columns = {f"column{number}": pa.nulls(60_000, pa.string()) for number in range(100)}
+    write_columns(path, text=one_value(1, 60_000), **columns)
+
+
+def map_with_objects_as_keys(path: Path) -> None:
+    kind = pa.map_(pa.struct([("a", pa.int8())]), pa.int8())
+    write_columns(path, text=pa.array(["a"]), x=pa.array([[({"a": 1}, 1)]], kind))
+
+
+def page_that_was_changed(path: Path) -> None:
+    text = pa.array(["a word " * 20])
+    pq.write_table(
+        pa.table({"text": text}), path, compression="none", use_dictionary=False, write_page_checksum=True,
+        write_statistics=False,
+    )  # fmt: skip
+    path.write_bytes(path.read_bytes().replace(b"a word ", b"1 word ", 1))
+
+
 def csv_of_columns(path: Path) -> None:
     path.write_text(",".join(f"column{number}" for number in range(200_000)) + "\n")
 
@@ -165,6 +198,11 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "parquet-year": ("x.parquet", year_beyond_python, "is not a readable Parquet file"),
     "parquet-not-utf8": ("x.parquet", text_that_is_not_utf8, "is not a readable Parquet file"),
     "parquet-truncated": ("x.parquet", truncated_parquet, "is not a readable Parquet file"),
+    "parquet-nulls-in-list": ("x.parquet", list_of_nulls, "row 1, or one soon after it, has more than 3,000,000 v"),
+    "parquet-rows-of-nulls": ("x.parquet", rows_of_nulls, "bytes can hold; write it again without repeated ones"),
+    "parquet-keys": ("x.parquet", map_with_objects_as_keys, "is not a readable Parquet file (unhashable type"),
+    "parquet-checksum": ("x.parquet", page_that_was_changed, "is not a readable Parquet file (could not verify"),
+    "arrow-run-of-a-list": ("x.arrow", runs_of_a_list, "has more values than its"),
     "arrow-offsets": ("x.arrow", offsets_out_of_the_buffer, "is not a readable Arrow file"),
     "arrow-views": ("x.arrow", views_of_one_list, "needs more than 128 MiB of memory"),
     "arrow-compressed-batch": (
@@ -203,6 +241,11 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "x.jsonl",
         lambda path: path.write_text(chat_row(tools=[{"name": "\ud800"}])),
         "contains bytes that are not UTF-8, or half a character",
+    ),
+    "jsonl-messages": (
+        "x.jsonl",
+        lambda path: path.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}] * 72_000})),
+        "field 'messages' has 72,000 messages, more than 2,000; split the row",
     ),
     "jsonl-infinity": ("x.jsonl", lambda path: path.write_text('{"text": 1e400}'), "field 'text' is a number (inf)"),
     "jsonl-half-character-in-name": (
@@ -263,6 +306,15 @@ def test_row_of_empty_values_ends_in_its_reason_with_bounded_memory(tmp_path, bo
     assert found.grown < 320 * MIB
 
 
+def test_accents_in_a_row_are_grouped_in_linear_time():
+    """Python sorts them by their class in quadratic time: hours for a row of 6 MB."""
+    start = time.process_time()
+    groups = {group_of(Text("a" + "\u0316\u0301" * 500_000)), group_of(Text("A " + "\u0316\u0301" * 500_000))}
+    assert time.process_time() - start < 20
+    assert len(groups) == 2
+    assert group_of(Text("Cafe\u0301 au lait")) == group_of(Text("CAF\u00c9  au lait"))
+
+
 @pytest.mark.parametrize("item", [b"[],", b"{},", b'"",'], ids=["lists", "objects", "texts"])
 def test_report_of_the_largest_size_takes_bounded_memory(item):
     found = run_in_child(parse_largest_report, item)
@@ -280,7 +332,7 @@ def parse_largest_report(item: bytes) -> str:
 
 def test_rows_of_a_source_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_ROWS", 1000)
-    runs = pa.RunEndEncodedArray.from_arrays(pa.array([2**31 - 1], pa.int32()), pa.array(["a"]))
+    runs = pa.RunEndEncodedArray.from_arrays(pa.array([1500], pa.int32()), pa.array(["a"]))
     write_ipc(tmp_path / "x.arrow", text=runs)
     source = make_source(DATASET_FIELD, (tmp_path / "x.arrow",), DataSource(uri="s3://data/rows"), None)
     with pytest.raises(RunError, match=r"x\.arrow brings the source to more than 1,000 rows; use several sources"):

@@ -17,6 +17,7 @@ from typing import IO, Any, Final, NamedTuple, TextIO, cast
 from qlora_api.foreign_files import read_start
 from qlora_api.units import GIB, MIB
 from qlora_api.untrusted_json import MAX_NESTING, MAX_VALUES, TooManyValuesError, check_values, is_nested_deeper
+from qlora_trainer.data.columnar_values import count_values
 from qlora_trainer.data.compressed_files import COMPRESSED_SUFFIXES, FileError, check_content, open_bytes
 from qlora_trainer.data.rows import MAX_ROW_BYTES, RowError, kind_of
 from qlora_trainer.runtime.resource_limits import memory_limit
@@ -30,6 +31,11 @@ _CHUNK_CHARACTERS: Final = 1 << 18
 _BATCH_ROWS: Final = 256
 """Rows of a columnar file that are converted to Python objects at a time; fewer if they are large."""
 _BATCH_BYTES: Final = 64 * MIB
+MIN_TOTAL_VALUES: Final = 20_000_000
+"""Values that a columnar file may have whatever its size, some ten seconds of reading; a row counts as ten more."""
+MAX_VALUES_PER_BYTE: Final = 200
+"""Values per byte of a larger file. Honest ones have less than one; a run of nulls takes a few bytes for any number."""
+_VALUES_PER_ROW: Final = 10
 _FOOTER_ITEMS: Final = 100_000
 """Row groups or columns in the footer of a Parquet file; each takes kilobytes of memory."""
 _START_BYTES: Final = 64
@@ -319,12 +325,14 @@ def _read_parquet(path: Path) -> Iterator[FileRow]:
     _check_start(path, b"PAR1")
     with _reading_columns("Parquet", f"{_BATCH_ROWS} rows or fewer", "rows, pages and dictionaries"):
         with memory_limit(MAX_READ_BYTES):
-            file = pq.ParquetFile(path, memory_map=True, thrift_container_size_limit=_FOOTER_ITEMS)
+            file = pq.ParquetFile(
+                path, memory_map=True, thrift_container_size_limit=_FOOTER_ITEMS, page_checksum_verification=True
+            )
         with file:
             _check_header(file.schema_arrow.names)
             groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
             rows = _rows_per_batch(sum(group.total_byte_size for group in groups), file.metadata.num_rows)
-            yield from _numbered(file.iter_batches(batch_size=rows, use_threads=False))
+            yield from _numbered(file.iter_batches(batch_size=rows, use_threads=False), path.stat().st_size)
 
 
 def _read_arrow(path: Path) -> Iterator[FileRow]:
@@ -338,7 +346,7 @@ def _read_arrow(path: Path) -> Iterator[FileRow]:
             batches = _open_ipc(source)
         with source, batches:
             _check_header(batches.schema.names)
-            yield from _numbered(map(_validated, _record_batches(batches)))
+            yield from _numbered(map(_validated, _record_batches(batches)), path.stat().st_size)
 
 
 def _check_start(path: Path, own: bytes) -> None:
@@ -365,8 +373,8 @@ def _reading_columns(file_type: str, what: str, parts: str) -> Iterator[None]:
         raise FileError(
             f"needs more than {MAX_READ_BYTES // MIB:,} MiB of memory for {what}; write it again with smaller {parts}"
         ) from error
-    # ValueError and the like: a value that Python cannot hold, such as a year beyond 9999 or text that is not UTF-8.
-    except (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError) as error:
+    # A value that Python cannot hold: a year beyond 9999, text that is not UTF-8, an object as the key of a map.
+    except (pa.ArrowException, OSError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise FileError(f"is not a readable {file_type} file ({_first_line(error)}); write it again") from error
 
 
@@ -392,12 +400,22 @@ def _record_batches(reader: Any) -> Iterator[Any]:
     return iter(reader)
 
 
-def _numbered(batches: Iterator[Any]) -> Iterator[FileRow]:
+def _numbered(batches: Iterator[Any], size: int) -> Iterator[FileRow]:
     number = 0
+    values_left = max(MIN_TOTAL_VALUES, MAX_VALUES_PER_BYTE * size)
     while (batch := _within_memory(lambda: next(batches, None))) is not None:
+        values = _within_memory(partial(count_values, batch))
+        values_left -= values + batch.num_rows * _VALUES_PER_ROW
+        if values_left < 0:
+            raise FileError(f"has more values than its {size:,} bytes can hold; write it again without repeated ones")
         step = _rows_per_batch(batch.nbytes, batch.num_rows)
         for start in range(0, batch.num_rows, step):
-            for row in _within_memory(partial(batch.slice(start, step).to_pylist, maps_as_pydicts="strict")):
+            part = batch.slice(start, step)
+            if values > MAX_VALUES and _within_memory(partial(count_values, part)) > MAX_VALUES * part.num_rows:
+                raise FileError(
+                    f"row {number + 1}, or one soon after it, has more than {MAX_VALUES:,} values; write fewer"
+                )
+            for row in _within_memory(partial(part.to_pylist, maps_as_pydicts="strict")):
                 number += 1
                 yield FileRow(number, row)
 
