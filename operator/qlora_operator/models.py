@@ -347,6 +347,8 @@ class JobState:
     """Where the cause of its end lies; None: where the reason's record says."""
     node: str = ""
     """The node of the pod whose end decided; empty if unknown."""
+    lacking_pods: int | None = None
+    """Pods that its gang lacked, if that is why it ended."""
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,11 @@ class Attempt(ApiModel):
     message: Annotated[str, Field(max_length=MAX_ATTEMPT_MESSAGE)] = Field(
         default="", description="How it ended, in a sentence."
     )
+    lacking_pods: int | None = Field(
+        default=None,
+        ge=1,
+        description="Pods that its gang lacked as it ended: not created, or without a node; the next pause is longer.",
+    )
     micro_batch_size: int | None = Field(default=None, ge=1, description="Rows per forward pass.")
     node: Annotated[str, Field(max_length=253)] = Field(
         default="", description="Node of the pod whose end ended it; while it runs, of the first pod."

@@ -60,7 +60,7 @@ _BACKOFFS_OF_GANGS: Final = {
     Reason.STARTUP_DEADLINE_EXCEEDED: PARTLY_PLACED,
     Reason.POD_REJECTED: PARTLY_CREATED,
 }
-"""By reason of an attempt that the cluster ended."""
+"""By reason of an attempt whose gang lacked pods."""
 _VARIABLE: Final = re.compile(r"0x[0-9a-f]+|\d+")
 """Addresses and numbers, in which two messages about the same error differ."""
 
@@ -98,9 +98,8 @@ def _pause_after_attempt(attempt: Attempt, count: int) -> timedelta:
     Two gangs that each got a part of the nodes would meet again after the same pause, so theirs differ by their names.
     """
     domain = domain_of(attempt)
-    backoff = _BACKOFFS_OF_GANGS.get(attempt.reason) if attempt.reason and domain is Domain.CLUSTER else None
-    refused_by_a_node = attempt.reason is Reason.POD_REJECTED and not attempt.started_at
-    if backoff is None or refused_by_a_node:
+    backoff = _BACKOFFS_OF_GANGS.get(attempt.reason) if attempt.reason and attempt.lacking_pods else None
+    if backoff is None:
         return pause_after(domain, count)
     return backoff.pause(count) * (0.5 + crc32(attempt.job.encode()) / 2**32)
 

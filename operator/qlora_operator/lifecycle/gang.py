@@ -159,7 +159,11 @@ def _classify_refused_pods(child: ChildJob) -> JobState:
     """Classify a gang of which the API server refused some pods: the nodes of the others are not to blame."""
     missing = child.completions - len(child.pods)
     message = f"{missing} of {child.completions} pods of Job {child.name} were not created: {child.event_message}"
-    return replace(ended_state(Reason.POD_REJECTED, message), domain=Domain.CLUSTER)
+    return _end_lacking(Reason.POD_REJECTED, message, missing)
+
+
+def _end_lacking(reason: Reason, message: str, pods: int) -> JobState:
+    return replace(ended_state(reason, message), domain=Domain.CLUSTER, lacking_pods=pods)
 
 
 def _classify_failure(child: ChildJob, pod: Pod) -> JobState:
@@ -208,4 +212,4 @@ def _end_incomplete_gang(child: ChildJob, startup: timedelta, waits_for: str) ->
         f"only {placed} of {child.completions} pods got a node within {format_seconds(startup)} "
         f"(spec.deadlines.startup): {waits_for}"
     )
-    return replace(ended_state(Reason.STARTUP_DEADLINE_EXCEEDED, message), domain=Domain.CLUSTER)
+    return _end_lacking(Reason.STARTUP_DEADLINE_EXCEEDED, message, child.completions - placed)

@@ -241,6 +241,7 @@ def _end_training(job: Job, state: JobState, attempt: Attempt, at: datetime, con
     ended = end_attempt(attempt, failed.reason, failed.message, at, state.domain).model_copy(
         update={
             "node": state.node or attempt.node,
+            "lacking_pods": state.lacking_pods,
             "checkpoint_step": _newest_checkpoint_step(job, state, context),
         }
     )

@@ -193,7 +193,7 @@ def test_domain_of_an_attempt_precedes_that_of_its_reason() -> None:
 
 def partly_placed(*runs: str) -> list[timedelta]:
     """Return the pause of each run after a gang of it got only some of its nodes."""
-    ends = {"reason": Reason.STARTUP_DEADLINE_EXCEEDED, "domain": Domain.CLUSTER, "finished_at": NOW}
+    ends = {"reason": Reason.STARTUP_DEADLINE_EXCEEDED, "domain": Domain.CLUSTER, "finished_at": NOW, "lacking_pods": 1}
     return [(retry_at((Attempt(number=1, job=f"{run}-1", **ends),)) or NOW) - NOW for run in runs]
 
 
@@ -201,6 +201,14 @@ def test_gang_that_got_some_nodes_backs_off_and_two_do_not_meet_again() -> None:
     pauses = partly_placed(*(f"gang-{number}" for number in range(20)))
     assert all(timedelta(minutes=1) <= pause <= timedelta(minutes=3) for pause in pauses)
     assert len(set(pauses)) == 20
+
+
+def test_pods_that_a_gang_lacked_decide_the_pause_and_not_whether_a_container_started() -> None:
+    refused = Attempt(number=1, job="bot-1", reason=Reason.POD_REJECTED, domain=Domain.CLUSTER, finished_at=NOW)
+    preempted_before = refused.model_copy(update={"started_at": NOW - timedelta(hours=1)})
+    assert retry_at((refused,)) is retry_at((preempted_before,)) is None
+    pause = (retry_at((refused.model_copy(update={"lacking_pods": 1}),)) or NOW) - NOW
+    assert pause >= timedelta(minutes=5), "no pod of this gang has run yet"
 
 
 def test_attempts_replaced_while_they_wait_use_up_no_patience() -> None:

@@ -40,6 +40,7 @@ async def test_gang_over_quota_is_rejected_with_sentence_of_quota() -> None:
     await run.run(30 * MINUTE)
     [first, *_] = run.status["attempts"]
     assert (first["reason"], first["domain"]) == (Reason.POD_REJECTED, Domain.CLUSTER)
+    assert first["lackingPods"] == 1
     assert first["message"] == f"1 of 2 pods of Job {train(1)} were not created: {REFUSAL}"
     assert "avoidedNodes" not in run.status["attempts"][-1]
 
