@@ -762,11 +762,15 @@ REASONS: Final[dict[Reason, ReasonRecord]] = {
         also_known_as=("Preempting", "PreemptionByScheduler", "Preempted by pod", "PriorityClass"),
     ),
     Reason.EVICTED: ReasonRecord(
-        sentence="The node ran short of disk or memory and evicted the pod; the message is the kubelet's.",
-        remedy="Give the node more disk for emptyDir volumes, or choose larger nodes with spec.resources.nodeSelector.",
+        sentence="The kubelet evicted the pod: the node ran short of disk or memory, or the pod exceeded its own limit "
+        "of disk; the message is the kubelet's.",
+        remedy="Give the node more disk for emptyDir volumes, or choose larger nodes with spec.resources.nodeSelector. "
+        "If the pod exceeded its own limit, raise what the message names.",
         moments=_BOTH,
         domain=Domain.NODE,
-        background="Caches and checkpoints are in emptyDir volumes on the node's disk.",
+        background="Caches and checkpoints are in emptyDir volumes on the node's disk. A pod that exceeds its own "
+        "limit of ephemeral-storage, or that of a volume, would do so on every node, so such an attempt counts for "
+        "spec.retries.maxAttempts; a prepare pod that does so is not retried.",
         topic=Topic.DISRUPTION,
         also_known_as=(
             "DiskPressure",

@@ -472,8 +472,8 @@ def test_disk_limit_exceeded_ends_as_evicted(configured: Installation, outcome: 
     wait_for("an eviction", lambda: run.status().get("reason") == "Evicted", SECONDS)
     status = run.status()
     run.change(suspend=True)
-    assert (status["phase"], [attempt["domain"] for attempt in status["attempts"]]) == ("Scheduling", ["node"])
-    assert "ephemeral" in status["message"]
+    assert (status["phase"], [attempt["domain"] for attempt in status["attempts"]]) == ("Scheduling", ["run"])
+    assert "raise the limit of ephemeral-storage in the namespace's LimitRange" in status["message"]
     outcome("Evicted, then another attempt")
 
 

@@ -1,12 +1,21 @@
 """Who stopped or refused a pod, as its status says: kubelet, scheduler, controllers, or an init container."""
 
+import re
 from typing import Final, NamedTuple
 
+from qlora_api.names import CLASS_KIND, Role
 from qlora_api.reasons import Domain, Reason
-from qlora_operator.models import InitContainer, Pod
+from qlora_operator.models import ChildJob, InitContainer, Pod
 
 EVICTED: Final = "Evicted"
 """status.reason of a pod that the kubelet evicted because its node ran short of a resource."""
+_OWN_DISK_LIMIT: Final = re.compile(
+    r"Usage of EmptyDir volume .+ exceeds the limit"
+    r"|Pod ephemeral local storage usage exceeds the total limit of containers"
+    r"|Container .+ exceeded its local ephemeral storage limit"
+)
+"""Message of an eviction for a limit of the pod itself, on a node with room (pkg/kubelet/eviction)."""
+_VOLUME: Final = "EmptyDir"
 _DISRUPTION_REASONS: Final = {
     "PreemptionByScheduler": Reason.PREEMPTED,
     "DeletionByTaintManager": Reason.NODE_LOST,
@@ -48,10 +57,10 @@ class ExitCause(NamedTuple):
     """Where the cause lies, if not where the reason's record says."""
 
 
-def cause_of_disruption(pod: Pod) -> ExitCause | None:
+def cause_of_disruption(child: ChildJob, pod: Pod) -> ExitCause | None:
     """Return who disrupted a pod, if the cluster recorded it."""
     if pod.reason == EVICTED:
-        return ExitCause(Reason.EVICTED, f"pod {pod.name} was evicted from node {pod.node}: {pod.message}")
+        return _cause_of_eviction(child, pod)
     if pod.reason in _KUBELET_STOPS:
         message = f"pod {pod.name} on node {pod.node}: {pod.message or pod.reason}"
         return ExitCause(_KUBELET_STOPS[pod.reason], message)
@@ -59,6 +68,25 @@ def cause_of_disruption(pod: Pod) -> ExitCause | None:
         return None
     reason = _DISRUPTION_REASONS.get(pod.disruption_reason, Reason.INTERRUPTED)
     return ExitCause(reason, f"pod {pod.name} on node {pod.node}: {pod.disruption_message or pod.disruption_reason}")
+
+
+def _cause_of_eviction(child: ChildJob, pod: Pod) -> ExitCause:
+    """Return why the kubelet evicted a pod; one that exceeded its own limit would do so on every node."""
+    message = f"pod {pod.name} was evicted from node {pod.node}: {pod.message}"
+    if not (own := _OWN_DISK_LIMIT.search(pod.message)):
+        return ExitCause(Reason.EVICTED, message)
+    return ExitCause(Reason.EVICTED, f"{message.rstrip('. ')}; {_disk_remedy(child, own.group())}", Domain.RUN)
+
+
+def _disk_remedy(child: ChildJob, exceeded: str) -> str:
+    if _VOLUME in exceeded:
+        return (
+            "this limit follows from the model and the dataset; lower spec.dataset.maxSamples, or use a smaller model"
+        )
+    if child.role is Role.PREPARE:
+        used = f"{CLASS_KIND} {child.used_class}" if child.used_class else f"a {CLASS_KIND}"
+        return f"raise resources.prepare.ephemeralStorage of {used}, or the limit of the namespace's LimitRange"
+    return "raise the limit of ephemeral-storage in the namespace's LimitRange, or in the policy that sets it"
 
 
 def cause_of_rejection(pod: Pod) -> ExitCause:

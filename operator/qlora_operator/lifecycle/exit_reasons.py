@@ -47,13 +47,13 @@ def _cut_short(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
     return ExitCause(Reason.POD_LOST, what) if message.reason is Reason.PUBLISHED else None
 
 
-def _from_termination_message(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
+def _from_termination_message(child: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
     """Use the termination message whatever the exit code: a SIGTERM after publishing does not undo the result."""
     message = parse_termination_message(end.message)
     if message is None or (end.reason == OOM_KILLED and message.reason in _OOM_SYMPTOMS):
         return None
     # The trainer knows that it was interrupted, the cluster by whom.
-    disruption = cause_of_disruption(pod) if message.reason is Reason.INTERRUPTED else None
+    disruption = cause_of_disruption(child, pod) if message.reason is Reason.INTERRUPTED else None
     return disruption or ExitCause(message.reason, message.message)
 
 
@@ -78,8 +78,8 @@ def _describe_role(role: Role) -> str:
     return "prepare" if role is Role.PREPARE else "training"
 
 
-def _disrupted(_: ChildJob, pod: Pod, __: Exit) -> ExitCause | None:
-    return cause_of_disruption(pod)
+def _disrupted(child: ChildJob, pod: Pod, _: Exit) -> ExitCause | None:
+    return cause_of_disruption(child, pod)
 
 
 def _interrupted(_: ChildJob, pod: Pod, end: Exit) -> ExitCause | None:
@@ -158,7 +158,7 @@ def classify_rejection(child: ChildJob, pod: Pod) -> JobState:
     """Classify a pod that failed before its container ran."""
     if child.deadline_exceeded:
         return ended_state(Reason.DEADLINE_EXCEEDED, deadline_message(child))
-    if cause := cause_of_disruption(pod):
+    if cause := cause_of_disruption(child, pod):
         return _ended_on_node(pod, cause)
     if pod.deleting:
         message = f"pod {pod.name} was deleted before its container ran"

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from qlora_api.names import Phase, prepare_job_name
 from qlora_api.prepared import Prepared
-from qlora_api.reasons import Reason
+from qlora_api.reasons import Domain, Reason
 from qlora_api.result import Result
 from qlora_api.v1alpha1 import Plan, Preparation
 from qlora_operator.lifecycle.exit_reasons import describe_missing_pod
@@ -86,7 +86,9 @@ def _explain_queue(job: Job, prepare: ChildJob, state: JobState, now: datetime) 
 def _retry_preparation(
     job: Job, prepare: ChildJob, state: JobState, current: Preparation, now: datetime
 ) -> Decision | None:
-    """Record a failure, and when it is tried again or that it is not; None if the manifest or the dataset is wrong."""
+    """Record a failure, and when it is tried again or that it is not; None if manifest, dataset or a limit is wrong."""
+    if state.domain is Domain.RUN:
+        return None
     if not may_be_retried(state.reason) and not is_unexplained(prepare, state):
         return None
     now = now.replace(microsecond=0)

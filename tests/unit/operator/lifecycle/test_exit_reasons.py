@@ -6,7 +6,7 @@ from typing import Any, Final
 import pytest
 
 from qlora_api.names import Role
-from qlora_api.reasons import Reason
+from qlora_api.reasons import Domain, Reason
 from qlora_operator.lifecycle import classify
 from qlora_operator.lifecycle.exit_reasons import NODE_GRACE_PERIOD
 from qlora_operator.models import ChildJob, Exit, JobFailure, Stage, Waiting
@@ -314,3 +314,29 @@ def test_publication_whose_details_were_cut_is_looked_for() -> None:
     state = classify(ended_child(make_exit(0, PUBLISHED_MESSAGE[:60])), STARTUP, NOW)
     assert (state.stage, state.reason) == (Stage.LOST, Reason.POD_LOST)
     assert "was cut after 60 bytes" in state.message
+
+
+OWN_DISK_LIMITS: Final = (
+    "Pod ephemeral local storage usage exceeds the total limit of containers 64Mi. ",
+    'Container trainer exceeded its local ephemeral storage limit "64Mi". ',
+)
+
+
+@pytest.mark.parametrize("message", OWN_DISK_LIMITS)
+@pytest.mark.parametrize("started", [True, False])
+def test_pod_that_exceeds_its_own_disk_limit_blames_no_node(message: str, started: bool) -> None:
+    evicted = {"reason": "Evicted", "message": message, "disruption_reason": "TerminationByKubelet"}
+    pod = make_pod(phase="Failed", exit=make_exit(137) if started else None, **evicted)
+    training, prepare = (classify(make_child(role, pod=pod), STARTUP, NOW) for role in (Role.TRAIN, Role.PREPARE))
+    assert (training.reason, training.domain) == (prepare.reason, prepare.domain) == (Reason.EVICTED, Domain.RUN)
+    assert training.message.endswith(
+        "raise the limit of ephemeral-storage in the namespace's LimitRange, or in the policy that sets it"
+    )
+    assert "raise resources.prepare.ephemeralStorage of a QLoRAClass" in prepare.message
+
+
+def test_pod_that_fills_a_volume_names_what_its_limit_follows_from() -> None:
+    evicted = {"reason": "Evicted", "message": 'Usage of EmptyDir volume "work" exceeds the limit "64Gi". '}
+    state = classify(make_child(pod=make_pod(phase="Failed", exit=make_exit(137), **evicted)), STARTUP, NOW)
+    assert state.domain is Domain.RUN
+    assert "lower spec.dataset.maxSamples" in state.message

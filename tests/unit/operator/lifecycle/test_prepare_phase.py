@@ -4,7 +4,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from qlora_api.names import Role
+from qlora_api.names import Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Preparation, QLoRAJobStatus
 from qlora_api.v1alpha1.status import OutputStatus
@@ -52,6 +52,12 @@ def test_end_of_back_off_is_recorded_once_for_a_pod_that_never_ended() -> None:
     assert after.preparation == first.preparation.model_copy(update={"number": 2, "retry_at": None})
     assert after.action is Action.NONE, "the number is recorded before its Job is created"
     assert follow(after.preparation, evicted, NOW + FIRST_PAUSE).action is Action.PREPARE
+
+
+def test_preparation_that_exceeds_its_own_disk_limit_is_not_repeated() -> None:
+    message = "Pod ephemeral local storage usage exceeds the total limit of containers 64Mi. "
+    evicted = make_child(Role.PREPARE, pod=make_pod(phase="Failed", reason="Evicted", message=message))
+    assert follow(None, evicted, NOW).phase is Phase.FAILED
 
 
 @pytest.mark.parametrize(
