@@ -24,7 +24,13 @@ from qlora_operator.controller.children import (
 )
 from qlora_operator.controller.finished import reconcile_ended
 from qlora_operator.controller.queued_placement import refresh_avoided_nodes
-from qlora_operator.controller.result import ReconcileRequest, ReconcileResult, write_status
+from qlora_operator.controller.result import (
+    ReconcileRequest,
+    ReconcileResult,
+    account_gpu_time,
+    write_if_changed,
+    write_status,
+)
 from qlora_operator.controller.run_config import refresh_run_config
 from qlora_operator.controller.run_settings import RunSettings, read_settings
 from qlora_operator.lifecycle import (
@@ -84,13 +90,13 @@ async def reconcile_once(
     claimant, claimed_by = context.claimant, raw.status.get("operator")
     if other := claimant.find_other(claimed_by):
         return ReconcileResult(belongs_to=other)
-    if raw.deleting:
-        return await stop_deleted(raw, cluster)
     read = read_job(raw)
     stored = read.status
     if claimed_by is not None and claimed_by != claimant.installation:
         read = read._replace(status=without_reports(stored))
     request = ReconcileRequest(raw, read.status, without_stale_report(context, raw), stored)
+    if raw.deleting:
+        return await stop_deleted(request, cluster)
     if is_terminal(read.status):
         return await reconcile_ended(request, read, cluster, installation, from_cache=from_cache)
     if claimant.must_claim(claimed_by):
@@ -98,12 +104,18 @@ async def reconcile_once(
     return await reconcile_unfinished(request, read, cluster, installation, from_cache=from_cache)
 
 
-async def stop_deleted(raw: RawJob, cluster: Cluster) -> ReconcileResult:
-    """Delete the Jobs of a QLoRAJob that is being deleted: a finalizer may keep it, and with it its children."""
-    denial = await delete_jobs(running_jobs(await cluster.list_children(raw)), raw.ref, cluster)
+async def stop_deleted(request: ReconcileRequest, cluster: Cluster) -> ReconcileResult:
+    """Delete the Jobs of a QLoRAJob that is being deleted: a finalizer may keep it, and with it its children.
+
+    Whoever set the finalizer may read from the status what the run has held.
+    """
+    raw = request.raw
+    children = await cluster.list_children(raw)
+    denial = await delete_jobs(running_jobs(children), raw.ref, cluster)
     if denial:
         _log.warning("%s is being deleted, and its Jobs run on: %s", raw.ref, denial)
-    return ReconcileResult(ADMISSION_DENIED_RETRY if denial else None)
+    written = await write_if_changed(request, account_gpu_time(request, request.previous_status, children), cluster)
+    return ReconcileResult(ADMISSION_DENIED_RETRY if denial else None, written)
 
 
 async def reconcile_unfinished(

@@ -17,6 +17,7 @@ from qlora_operator.models import ChildJob, Exit, Observation, Pod
 from qlora_operator.status import to_wire
 from tests.make import NOW, PREPARED_MESSAGE, make_child, make_pending_pod, make_plan_status, make_pod
 from tests.unit.operator.controller.test_reconcile import gpu_node
+from tests.unit.operator.life import reconcile_now
 from tests.unit.operator.lifecycle.test_histories import ACTS, HISTORIES, STEP, check_end
 from tests.unit.operator.simulation import Simulation, train
 
@@ -421,3 +422,17 @@ async def test_attempts_that_are_no_longer_listed_stay_in_the_sum() -> None:
     listed = [attempt.usage for attempt in status.attempts]
     assert all(isinstance(usage, AttemptUsage) for usage in listed)
     assert status.usage.pod_seconds == run.kubernetes.held.total_seconds()
+
+
+async def test_time_until_a_deleted_run_has_stopped_is_accounted() -> None:
+    run = Simulation(resources={"nodes": 1, "gpusPerNode": GPUS})
+    run.kubernetes.stop_time = timedelta(seconds=50)
+    await run.prepare()
+    await run.run(timedelta(minutes=10))
+    assert run.cluster.job
+    run.cluster.job["metadata"] |= {"deletionTimestamp": run.cluster.now.isoformat(), "finalizers": ["acme/audit"]}
+    await reconcile_now(run.cluster)
+    await run.run(timedelta(minutes=5))
+    assert train(1) not in run.jobs
+    assert run.status["gpus"] == 0
+    assert run.status["usage"]["held"] == pytest.approx(run.kubernetes.held.total_seconds() * GPUS, abs=20 * GPUS)
