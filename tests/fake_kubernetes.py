@@ -179,8 +179,16 @@ class FakeKubernetes:
             asked = _deletion_end(pod) - GRACE
             if not self.immortal and now - asked >= self.stop_time:
                 self._stop(pod)
-        elif not _state(pod) and now - _bound_at(pod) >= self.pull_time:
+        elif not _state(pod) and now - _bound_at(pod) >= self.pull_time and self._can_mount(pod):
             self._set_state(pod, "Running", {"running": {"startedAt": wire_time(now)}})
+
+    def _can_mount(self, pod: Manifest) -> bool:
+        """Return whether the ConfigMaps of a pod exist; without one its containers are not created."""
+        jobs = [job for (kind, _), job in self.cluster.children.items() if kind == "Job"]
+        owners = [job for job in jobs if job["metadata"]["uid"] == pod["metadata"]["ownerReferences"][0]["uid"]]
+        volumes = owners[0]["spec"]["template"]["spec"]["volumes"] if owners else []
+        maps = [volume["configMap"]["name"] for volume in volumes if "configMap" in volume]
+        return all(("ConfigMap", name) in self.cluster.children for name in maps)
 
     def _stop(self, pod: Manifest) -> None:
         if is_running(pod):

@@ -63,6 +63,7 @@ class FakeCluster:
         self.event_lists = 0
         self.job_reads = 0
         self.workload_lists = 0
+        self.config_reads = 0
         self.workloads: dict[str, Workload] = {}
         """What a queue says of a Job, by its name; the operator may not read what is not here."""
         self.job_events: dict[str, list[Manifest]] = {}
@@ -273,6 +274,7 @@ class FakeCluster:
         return existing is None
 
     async def read_config_map(self, ref: JobRef, name: str) -> Manifest | None:  # noqa: ARG002 (as in the interface)
+        self.config_reads += 1
         return copy.deepcopy(self.children.get(("ConfigMap", name)))
 
     async def restore_job(self, job: Manifest, run_created_at: datetime) -> bool:

@@ -50,6 +50,7 @@ from qlora_operator.lifecycle import (
 from qlora_operator.lifecycle.class_choice import depends_on_class, end_wait, wait_for_class, without_wait
 from qlora_operator.lifecycle.queue import queued_jobs
 from qlora_operator.lifecycle.retry_policy import AT_ONCE
+from qlora_operator.lifecycle.volume_wait import waits_for_volumes
 from qlora_operator.models import Action, ChildJob, Decision, Job, Observation, RawJob
 from qlora_operator.resources import Installation
 from qlora_operator.stored_job import ReadJob, read_job
@@ -150,7 +151,7 @@ async def reconcile_unfinished(
     decision = await limit_jobs(decision, job, children, cluster, now)
     await refresh_avoided_nodes(job, children, cluster, request.context)
     report = request.context.last_report
-    decision = await refresh_run_config(decision, job, children, cluster, installation, report)
+    decision = await refresh_run_config(decision, job, children, cluster, installation, report, now)
     return await write_status(request, decision, children, cluster)
 
 
@@ -198,6 +199,7 @@ def is_noop(decision: Decision, job: Job, children: Observation, now: datetime) 
         leftover_jobs(job.status, children, now),
         unexplained_jobs(job, children, now),
         is_uncertain(job.status, children, now),
+        decision.attempt and waits_for_volumes(children.train(decision.attempt.number), now),
     )
     return (
         decision.action is Action.NONE

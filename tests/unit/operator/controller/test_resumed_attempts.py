@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
+from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import Checkpoint, Progress
 from qlora_operator.cluster.interface import AdmissionDeniedError
 from qlora_operator.resources import Owner
 from qlora_operator.resources.config_map import build_resumption
-from tests.make import NOW, REF, UID
+from tests.make import NOW, PREPARED_MESSAGE, REF, UID, make_termination_message
 from tests.unit.operator.life import PREPARE, TRAIN, reconcile_now
-from tests.unit.operator.simulation import Simulation
+from tests.unit.operator.simulation import Simulation, train
 
 SHA256 = "a" * 64
 MINUTE = timedelta(minutes=1)
@@ -110,6 +111,37 @@ async def test_configuration_that_somebody_deleted_in_the_queue_is_created_anew(
     await run.run(2 * MINUTE)
     assert next_start(run) == (700 if ran else None)
     assert run.cluster.children["ConfigMap", TRAIN]["data"].keys() == before.keys()
+
+
+async def prepare_with_slow_pulls(run: Simulation, pull_time: timedelta) -> None:
+    await run.run(MINUTE)
+    run.kubernetes.pull_time = pull_time
+    run.kubernetes.end_trainer(PREPARE, 0, PREPARED_MESSAGE)
+    await run.run(MINUTE)
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+async def test_configuration_that_somebody_deleted_before_the_first_start_is_created_anew(attempt: int) -> None:
+    run = Simulation(resources={"gpusPerNode": 1})
+    await prepare_with_slow_pulls(run, 3 * MINUTE)
+    if attempt > 1:
+        await run.run(5 * MINUTE)
+        await report_checkpoint(run, 100)
+        run.kubernetes.end_trainer(TRAIN, 1, make_termination_message(Reason.S3_UNAVAILABLE, "503"))
+        await run.run(MINUTE)
+    name = train(attempt)
+    before = dict(run.cluster.children["ConfigMap", name]["data"])
+    del run.cluster.children["ConfigMap", name]
+    await run.run(5 * MINUTE)
+    assert run.outcome[0] == "Training"
+    assert json.loads(run.cluster.children["ConfigMap", name]["data"]["run.json"]) == json.loads(before["run.json"])
+
+
+async def test_configuration_is_not_read_each_time_that_a_pod_changes() -> None:
+    run = Simulation(resources={"gpusPerNode": 1})
+    await prepare_with_slow_pulls(run, 25 * MINUTE)
+    await run.run(timedelta(minutes=20), MINUTE)
+    assert 1 <= run.cluster.config_reads <= 8
 
 
 async def test_run_without_a_queue_writes_no_configuration_while_it_trains() -> None:
