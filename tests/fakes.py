@@ -43,6 +43,8 @@ class FakeCluster:
         self.quarantined_nodes: dict[str, datetime] = {}
         self.others_reported_at: tuple[datetime, ...] | None = None
         """When other running QLoRAJobs last reported; None: one does all the time."""
+        self.refused_at: datetime | None = None
+        """When the progress endpoint last refused a token that names the pod."""
         self.clock_skew = timedelta(0)
         """How far the operator's clock is ahead of the API server's."""
         self.node_clock_skew = timedelta(0)

@@ -78,6 +78,9 @@ CLAIMS_MOUNT: Final = "/var/run/qlora/claims"
 WORK_MOUNT: Final = "/work"
 """The only writable folder of a pod: an emptyDir for caches, weights and unfinished checkpoints."""
 TOKEN_AUDIENCE: Final = "qlora-operator"  # noqa: S105 (an audience)
+TOKEN_SECONDS: Final = 600
+"""Lifetime of the progress token, the shortest that Kubernetes grants: after 80 % of it the kubelet requests a new one.
+The tokens of a ServiceAccount that was deleted and created anew are refused until then."""
 
 PROGRESS_URL_ENV: Final = "KUBEFLOW_TRAINER_SERVER_URL"
 """Environment variable of Kubeflow Trainer's status protocol; if set, transformers enables its KubeflowCallback."""

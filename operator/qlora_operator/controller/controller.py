@@ -259,7 +259,9 @@ class Controller:
             self._node_failures.quarantined(now),
             frozenset(self._node_failures.quarantine_ends(now)),
             self._reports_since is not None and now >= self._reports_since + NODE_FAILURES_LOAD,
-            Reception(self._reports.others(ref), self._reports.resumed_at(ref.namespace)),
+            Reception(
+                self._reports.others(ref), self._reports.resumed_at(ref.namespace), self._reports.refused_at(ref)
+            ),
             self._installations.claimant(ref.namespace),
             self.settings.gpu_prices,
             *self._placement,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Final
 
+from qlora_api import names
 from qlora_api.gpu_prices import NO_PRICES, GpuPrices
 from qlora_api.v1alpha1 import Progress, Toleration, to_timedelta
 from qlora_operator.lifecycle.budgets import LONGEST_WAIT
@@ -12,6 +13,9 @@ from qlora_operator.models import ChildJob, Job
 
 RECEPTION_GAP: Final = timedelta(minutes=5)
 """Trainers report every 5 s, so the operator has received nothing for so long only if nothing reaches it."""
+TOKEN_RENEWAL: Final = timedelta(seconds=names.TOKEN_SECONDS)
+"""How long after its last report the token of a pod may be refused: until its kubelet has requested a new one, because
+the ServiceAccount was created anew."""
 ALONE_FACTOR: Final = 3
 """How many times longer a run may be silent if no other run of its namespace shows that reports arrive."""
 
@@ -24,6 +28,8 @@ class Reception:
     """When each of the other QLoRAJobs that should report last did."""
     resumed_at: datetime | None = None
     """When reports of the namespace arrived first, or again after it was quiet; None if none did."""
+    refused_at: datetime | None = None
+    """When a report was refused last whose token names a pod of the run; None if none was."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ def heartbeat_deadline(job: Job, train: ChildJob, context: ReconcileContext) -> 
     A pod that cannot reach the operator loses only its reports, so only a pod that has reported once is expected to
     continue. The trainer's watchdog exits after one heartbeat; the second one leaves it time to. If every run of the
     namespace fell silent, the reports do not arrive, and no run counts as hung; a run that is alone has longer.
+    A pod whose reports are refused is alive, until its kubelet has renewed its token; afterwards anybody may send them.
     """
     report = context.last_report or job.status.last_report
     # Not the start time of the pods, which comes from the clocks of their nodes.
@@ -99,7 +106,9 @@ def heartbeat_deadline(job: Job, train: ChildJob, context: ReconcileContext) -> 
         return None
     timeout = min(2 * to_timedelta(job.spec.deadlines.heartbeat), LONGEST_WAIT)
     reception = context.reception
-    silent_since = max(report.updated_at, context.reports_since, reception.resumed_at or context.reports_since)
+    refused_at = min(reception.refused_at or report.updated_at, report.updated_at + TOKEN_RENEWAL)
+    since = context.reports_since
+    silent_since = max(report.updated_at, refused_at, since, reception.resumed_at or since)
     others = [moment for moment in reception.last_reports if moment >= report.updated_at - RECEPTION_GAP]
     if not others:
         return silent_since + ALONE_FACTOR * timeout

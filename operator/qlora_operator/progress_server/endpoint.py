@@ -65,6 +65,8 @@ class ProgressEndpoint:
             self._limit_rate(ref)
             await self._accept(ref, job_uid, request)
         except ReportRejectedError as error:
+            if error.names_pod:
+                self._reports.note_refused(ref, self._clock())
             return _reject(error)
         except ClusterBusyError as error:
             return _reject(ReportRejectedError(503, str(error), retry_after=1))

@@ -26,6 +26,7 @@ MAX_REVIEWS: Final = 4
 """TokenReviews in flight; at 10 ms each, four are 400 pods in a second, each of which needs one in a minute."""
 REVIEW_SECONDS: Final = 5.0
 """Timeout of one review in seconds, waiting included; the trainer's client gives up after as many."""
+_UNAUTHENTICATED: Final = 401
 _UNKNOWN_POD: Final = ""
 """Stands for all pods that are not in the cache of children; they share one review at a time."""
 
@@ -33,16 +34,22 @@ _UNKNOWN_POD: Final = ""
 class ReportRejectedError(Exception):
     """A report is rejected; becomes an HTTP status and a message for the caller."""
 
-    def __init__(self, status: int, message: str, retry_after: int | None = None) -> None:
+    def __init__(self, status: int, message: str, retry_after: int | None = None, *, names_pod: bool = False) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after = retry_after
         """Seconds after which to try again."""
+        self.names_pod = names_pod
+        """Whether the token, which nobody vouches for, names a pod of the QLoRAJob by its uid."""
 
 
 class _Refusal(NamedTuple):
     status: int
     message: str
+    names_pod: bool
+
+    def to_error(self) -> ReportRejectedError:
+        return ReportRejectedError(self.status, self.message, names_pod=self.names_pod)
 
 
 class _Acceptance(NamedTuple):
@@ -98,7 +105,7 @@ class PodAuthorizer:
             return accepted.job_uid
         refusal = self._refused.get(key)
         if refusal is not None:
-            raise ReportRejectedError(*refusal)
+            raise refusal.to_error()
         return await self._review(token, claimed, key)
 
     async def _review(self, token: str, claimed: PodIdentity, key: _Key) -> str:
@@ -107,9 +114,11 @@ class PodAuthorizer:
             try:
                 job_uid = await self._ask(token, key[1])
             except ReportRejectedError as error:
-                self._refused.put(key, _Refusal(error.status, str(error)), REFUSAL_CACHE_SECONDS)
+                names_pod = error.status == _UNAUTHENTICATED and self._reviewer.caches_pod(key[1], claimed.uid)
+                refusal = _Refusal(error.status, str(error), names_pod)
+                self._refused.put(key, refusal, REFUSAL_CACHE_SECONDS)
                 self._paused.put(slot, True, REFUSAL_PAUSE_SECONDS)
-                raise
+                raise refusal.to_error() from error
         self._accepted.put(key, _Acceptance(job_uid, started), TOKEN_CACHE_SECONDS)
         return job_uid
 

@@ -32,6 +32,7 @@ class ReportStore:
         self._reporting: dict[JobRef, datetime] = {}
         self._received_at: dict[str, datetime] = {}
         self._resumed_at: dict[str, datetime] = {}
+        self._refused_at: dict[JobRef, datetime] = {}
         self._status_at: dict[JobRef, datetime] = {}
         """When the status of each run was, or will be, brought up to date."""
 
@@ -51,6 +52,14 @@ class ReportStore:
         if received_at is None or report.updated_at - received_at >= QUIET:
             self._resumed_at[ref.namespace] = report.updated_at
         self._received_at[ref.namespace] = report.updated_at
+
+    def note_refused(self, ref: JobRef, at: datetime) -> None:
+        """Note a report that was refused although its token names a pod of the run."""
+        self._refused_at[ref] = at
+
+    def refused_at(self, ref: JobRef) -> datetime | None:
+        """Return when such a report was refused last; None if none was."""
+        return self._refused_at.get(ref)
 
     def time_to_status(self, ref: JobRef, now: datetime, *, urgent: bool) -> timedelta:
         """Return the time until the status of a run is to show its last report; urgent ones do not wait for others."""
@@ -88,6 +97,7 @@ class ReportStore:
     def forget(self, ref: JobRef) -> None:
         """Drop the report of a run that is over."""
         self._last.pop(ref, None)
+        self._refused_at.pop(ref, None)
         self._status_at.pop(ref, None)
         self.set_idle(ref)
 

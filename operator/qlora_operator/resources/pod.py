@@ -35,8 +35,6 @@ class _NodeResources(NamedTuple):
     placement: dict[str, Any]
 
 
-TOKEN_SECONDS: Final = 3600
-"""Lifetime of the progress token; the kubelet renews it."""
 LAUNCH_COMMAND: Final = "launch"
 """The trainer's subcommand for several processes."""
 _IGNORED_FILES: Final = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "HF_TOKEN_PATH", "NETRC")
@@ -200,7 +198,7 @@ def _volumes(
     token = {
         "path": names.TOKEN_FILE.rpartition("/")[2],
         "audience": names.TOKEN_AUDIENCE,
-        "expirationSeconds": TOKEN_SECONDS,
+        "expirationSeconds": names.TOKEN_SECONDS,
     }
     projected = [{"name": "token", "projected": {"sources": [{"serviceAccountToken": token}]}}]
     return [

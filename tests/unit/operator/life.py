@@ -20,7 +20,9 @@ TRAIN: Final = names.train_job_name(REF.name, 1)
 
 async def reconcile_now(cluster: FakeCluster, report: Progress | None = None) -> ReconcileResult:
     now = cluster.now + cluster.clock_skew
-    others = Reception((now,) if cluster.others_reported_at is None else cluster.others_reported_at)
+    others = Reception(
+        (now,) if cluster.others_reported_at is None else cluster.others_reported_at, refused_at=cluster.refused_at
+    )
     watch = ReconcileContext(
         now,
         report,

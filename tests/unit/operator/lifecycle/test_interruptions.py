@@ -204,6 +204,23 @@ async def test_heartbeat_lost_starts_next_attempt(cluster: FakeCluster, node_ahe
     assert "has not reported since 2026-03-01 12:00" in cluster.status["attempts"][0]["message"]
 
 
+async def test_pod_whose_token_is_refused_is_alive_until_its_kubelet_has_renewed_it() -> None:
+    cluster = FakeCluster()
+    cluster.submit(make_manifest(deadlines={"heartbeat": "1m"}))
+    await start(cluster)
+    live = report(cluster)
+    await reconcile_until_stable(cluster, live)
+    for _ in range(11):
+        cluster.pass_time(timedelta(minutes=1))
+        cluster.refused_at = cluster.now
+        await reconcile_until_stable(cluster, live)
+        assert ends(cluster) == [None]
+    cluster.pass_time(timedelta(minutes=1))
+    cluster.refused_at = cluster.now  # whoever sends them, they count for no longer
+    await reconcile_until_stable(cluster, live)
+    assert ends(cluster)[0] == "HeartbeatLost"
+
+
 @pytest.mark.parametrize("node_ahead", [-60, 0, 60])
 async def test_reports_do_not_count_for_next_attempt(cluster: FakeCluster, node_ahead: int) -> None:
     await start(cluster)

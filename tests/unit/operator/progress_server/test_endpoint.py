@@ -97,6 +97,27 @@ async def test_unauthorized_report_is_rejected(setup: Setup, token: str, ref: Jo
 
 
 @pytest.mark.parametrize(
+    ("token", "cached", "noted"),
+    [
+        pytest.param("wrong", {POD.uid}, True, id="account-created-anew"),
+        pytest.param("wrong", set(), False, id="unknown-pod"),
+        pytest.param("stray", {UNLABELED_POD.uid}, False, id="pod-of-another"),
+        pytest.param("", {POD.uid}, False, id="no-token"),
+    ],
+)
+async def test_refused_report_that_names_a_pod_of_the_run_is_noted(
+    setup: Setup, token: str, cached: set[str], noted: bool
+) -> None:
+    setup.identities.cached_pods = cached
+    for setup.seconds in (1.0, 6.0):  # the second answer is a cached refusal
+        await setup.post(token)
+    assert setup.reports.refused_at(REF) == (NOW + timedelta(seconds=6) if noted else None)
+    assert setup.reports.get(REF) is None
+    setup.reports.forget(REF)
+    assert setup.reports.refused_at(REF) is None
+
+
+@pytest.mark.parametrize(
     ("body", "said"),
     [
         pytest.param(b"not json", "Invalid JSON", id="no-json"),
