@@ -239,6 +239,8 @@ class ChildJob:
     deadline_seconds: int | None = None
     image: str | None = None
     """Image of its pods."""
+    pull_secrets: tuple[str, ...] = ()
+    """Names of the Secrets that they pull it with."""
     deleting: bool = False
     suspended: bool = False
     """Its queue controller has not admitted it yet, or has evicted it; or the Job controller has not resumed it yet."""

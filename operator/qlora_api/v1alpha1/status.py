@@ -21,6 +21,8 @@ MAX_MESSAGE: Final = 32_768
 """Longest message of a condition (Kubernetes API conventions), and of a status."""
 MAX_PLAN_REASON: Final = 256
 """Longest reason of a plan."""
+MAX_PULL_SECRETS: Final = 32
+"""Pull secrets that a plan records at most; pods have one or two."""
 MAX_PLAN_REASONS: Final = 32
 MAX_GPU_PRODUCTS: Final = 32
 """Most GPU products that a plan names; clusters have a handful."""
@@ -136,6 +138,12 @@ class Plan(ApiModel):
             "Trainer image that prepared the run; every later pod of the run has it too, whatever image the "
             "installation changes to. Absent: the installation's."
         ),
+    )
+    image_pull_secrets: (
+        Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(max_length=MAX_PULL_SECRETS)] | None
+    ) = Field(
+        default=None,
+        description="Secrets with which that image was pulled; later pods have them besides the installation's.",
     )
     reasons: Annotated[
         tuple[Annotated[str, Field(max_length=MAX_PLAN_REASON)], ...], Field(max_length=MAX_PLAN_REASONS)

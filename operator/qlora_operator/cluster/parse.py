@@ -250,6 +250,7 @@ def parse_child(item: Json) -> ChildJob:
         started_at=None if suspended else parse_time(item.get("status", {}).get("startTime")),
         deadline_seconds=item["spec"].get("activeDeadlineSeconds"),
         image=_image(item),
+        pull_secrets=_pull_secrets(item),
         deleting="deletionTimestamp" in metadata,
         suspended=suspended,
         suspended_at=parse_time(suspension.get("lastTransitionTime")),
@@ -294,6 +295,11 @@ def _node_terms(job: Json) -> Sequence[dict[str, Any]]:
 def _image(item: Json) -> str | None:
     containers = item["spec"].get("template", {}).get("spec", {}).get("containers", ())
     return next((entry.get("image") for entry in containers if entry.get("name") == names.CONTAINER), None)
+
+
+def _pull_secrets(item: Json) -> tuple[str, ...]:
+    secrets = item["spec"].get("template", {}).get("spec", {}).get("imagePullSecrets") or ()
+    return tuple(secret["name"] for secret in secrets if secret.get("name"))
 
 
 def conditions_of(item: Json, status: str) -> dict[str, Json]:

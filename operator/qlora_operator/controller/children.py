@@ -133,8 +133,7 @@ def with_denial(decision: Decision, denial: str) -> Decision:
 def build_children(decision: Decision, job: Job, installation: Installation) -> tuple[Manifest, ...]:
     """Return the children to create, the ConfigMap first, because the pod mounts it."""
     owner = Owner(job.ref, job.uid)
-    image = job.status.plan.image if job.status.plan else None
-    installation = replace(installation, image=image or installation.image)
+    installation = installation.with_image_of(job.status.plan)
     if decision.action is Action.PREPARE and decision.preparation:
         return (
             build_prepare_config(owner, job.spec, installation, reported_manifests(job.spec, job.status)),

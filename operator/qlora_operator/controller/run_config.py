@@ -78,5 +78,5 @@ async def _create_anew(  # noqa: PLR0913, PLR0917 (what a ConfigMap is built fro
         return
     published = reported_manifests(job.spec, job.status, train.attempt)
     run = AttemptInputs(train.attempt, plan, message.prepared, checkpoint=checkpoint, published=published)
-    installation = replace(installation, image=plan.image or installation.image)
-    await cluster.ensure(build_run_config(Owner(job.ref, job.uid), job.spec, run, installation))
+    config = build_run_config(Owner(job.ref, job.uid), job.spec, run, installation.with_image_of(plan))
+    await cluster.ensure(config)

@@ -16,7 +16,7 @@ from qlora_api import __version__
 from qlora_api.names import TERMINAL, Phase, Role
 from qlora_api.reasons import Reason
 from qlora_api.v1alpha1 import QLoRAJobSpec, QLoRAJobStatus
-from qlora_api.v1alpha1.status import MAX_PLAN_REASON, MAX_PLAN_REASONS
+from qlora_api.v1alpha1.status import MAX_PLAN_REASON, MAX_PLAN_REASONS, MAX_PULL_SECRETS
 from qlora_operator.lifecycle.budgets import retry_at
 from qlora_operator.lifecycle.context import ReconcileContext
 from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME, failed_in_part, waits_long_for_pod
@@ -94,7 +94,7 @@ def _complete_plan(decision: Decision, job: Job, children: Observation) -> Decis
         return decision
     if decision.action is Action.TRAIN and job.status.retry is not None:
         # A retry was prepared with the image of the installation. That is recorded before anything trains with it.
-        plan = plan.model_copy(update={"image": image})
+        plan = plan.model_copy(update=_image_of(children.prepare))
         return replace(
             decision, action=Action.NONE, reason=Reason.PREPARED, plan=plan, attempt=None, requeue_after=AT_ONCE
         )
@@ -104,7 +104,13 @@ def _complete_plan(decision: Decision, job: Job, children: Observation) -> Decis
     if job.skew.ignored:
         sentence = f"ignored, because operator {__version__} does not know it: spec fields {job.skew.ignored}"
         reasons = (*reasons, sentence[:MAX_PLAN_REASON])[-MAX_PLAN_REASONS:]
-    return replace(decision, plan=plan.model_copy(update={"image": image, "reasons": reasons}))
+    return replace(decision, plan=plan.model_copy(update={**_image_of(children.prepare), "reasons": reasons}))
+
+
+def _image_of(prepare: ChildJob | None) -> dict[str, object]:
+    """Return the image of a prepare Job as a plan records it; a registry of its own needs its own Secrets."""
+    secrets = prepare.pull_secrets[:MAX_PULL_SECRETS] if prepare else ()
+    return {"image": prepare.image if prepare else None, "image_pull_secrets": secrets or None}
 
 
 def _take_checkpoint(decision: Decision, job: Job, children: Observation, context: ReconcileContext) -> Decision:

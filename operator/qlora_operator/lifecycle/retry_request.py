@@ -72,7 +72,7 @@ def begin_retry(status: QLoRAJobStatus, now: datetime) -> tuple[QLoRAJobStatus, 
     retry = status.retry and status.retry.model_copy(update={"pending": False, "after_attempt": last, "time": now})
     earlier = status.earlier_attempts and status.earlier_attempts.model_copy(update={"seconds": 0})
     # The image may be what was corrected; with another one, the run may get another digest and a new plan.
-    plan = status.plan and status.plan.model_copy(update={"image": None})
+    plan = status.plan and status.plan.model_copy(update={"image": None, "image_pull_secrets": None})
     begun = status.model_copy(
         update={
             "attempts": attempts,

@@ -1,6 +1,6 @@
 """Metadata of every child: labels and owner reference; and what an installation configures."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from qlora_api import names
@@ -9,6 +9,7 @@ from qlora_api.names import Role
 from qlora_api.pod_profile import DEFAULT_PROFILE, PodProfile
 from qlora_api.qlora_class import PrepareResources
 from qlora_api.runconfig import Platform
+from qlora_api.v1alpha1 import Plan
 from qlora_operator.models import Retention
 
 
@@ -29,6 +30,16 @@ class Installation:
     """Name of the QLoRAClass whose settings are in `pods` and `prepare_resources`; empty without one."""
     prepare_resources: PrepareResources = field(default_factory=PrepareResources)
     """What overrides the resources of prepare pods."""
+
+    def with_image_of(self, plan: Plan | None) -> "Installation":
+        """Return an installation with the image that a plan records, and with the Secrets that it was pulled with.
+
+        The kubelet skips those that do not exist any more, and the installation's may be renewed ones.
+        """
+        if plan is None or plan.image is None:
+            return self
+        secrets = dict.fromkeys((*self.pull_secrets, *(plan.image_pull_secrets or ())))
+        return replace(self, image=plan.image, pull_secrets=tuple(secrets))
 
 
 class Owner(NamedTuple):

@@ -532,6 +532,19 @@ async def test_run_keeps_the_image_that_prepared_it(monkeypatch: pytest.MonkeyPa
     assert image_of(cluster, names.prepare_job_name("support-bot", 2)) == first
 
 
+async def test_image_of_a_run_is_pulled_with_its_own_secrets_and_those_of_the_installation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(life, "INSTALLATION", replace(INSTALLATION, pull_secrets=("old", "both")))
+    cluster = await start_preparing()
+    upgraded = replace(INSTALLATION, image=NEW_IMAGE, pull_secrets=("both", "new"))
+    monkeypatch.setattr(life, "INSTALLATION", upgraded)
+    cluster.end_pod(PREPARE, 0, PREPARED_MESSAGE)
+    await reconcile_until_stable(cluster)
+    pod = cluster.children["Job", TRAIN]["spec"]["template"]["spec"]
+    assert [secret["name"] for secret in pod["imagePullSecrets"]] == ["both", "new", "old"]
+
+
 async def test_new_run_has_the_image_of_the_installation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(life, "INSTALLATION", replace(INSTALLATION, image=NEW_IMAGE))
     assert image_of(await start_training(), TRAIN) == NEW_IMAGE
