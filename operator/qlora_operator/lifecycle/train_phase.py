@@ -14,6 +14,7 @@ from qlora_operator.lifecycle.container_time import close_start, container_end, 
 from qlora_operator.lifecycle.context import NODE_FAILURES_LOAD, ReconcileContext, heartbeat_deadline
 from qlora_operator.lifecycle.exit_reasons import POD_CREATION_TIME
 from qlora_operator.lifecycle.gang import classify_child
+from qlora_operator.lifecycle.job_deadline import SAFETY_MARGIN
 from qlora_operator.lifecycle.node_health import avoided_nodes, find_released, next_release
 from qlora_operator.lifecycle.queue import describe_wait
 from qlora_operator.lifecycle.retry_policy import AT_ONCE, choose_remedy, find_domain, shrink
@@ -169,13 +170,18 @@ def _follow_running(
         pod = train.pod.name if train.pod else train.name
         message = f"pod {pod} has not reported since {_describe_last_report(job, context)}"
         return _end_training(job, JobState(Stage.ENDED, Reason.HEARTBEAT_LOST, message), attempt, context.now, context)
+    limit = f"all attempts together ran for {job.spec.deadlines.total} (spec.deadlines.total)"
+    if left <= -SAFETY_MARGIN:  # something refuses to set the deadline of the Job
+        ended = JobState(
+            Stage.ENDED, Reason.DEADLINE_EXCEEDED, f"{limit}, and Kubernetes did not stop Job {train.name}"
+        )
+        return _end_training(job, ended, attempt, context.now, context)
     report = context.last_report
     phase = report.phase if report and report.phase in _REPORTED_PHASES else Phase.TRAINING
     requeue_at = earliest(context.now, hung_at, state.requeue_at, context.now + max(left, AT_ONCE))
     message = state.message or _describe_run(train)
     if left <= AT_ONCE:  # job_deadline makes Kubernetes stop it
-        limit = f"{job.spec.deadlines.total} (spec.deadlines.total)"
-        message = f"training is being stopped: all attempts together ran for {limit}"
+        message = f"training is being stopped: {limit}"
     return Decision(phase, _REPORTED_PHASES[phase], message, attempt=attempt, requeue_at=requeue_at)
 
 

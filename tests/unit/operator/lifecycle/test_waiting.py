@@ -43,6 +43,9 @@ async def test_run_admitted_after_hours_in_queue_trains(nodes: int) -> None:
     assert run.outcome == ("Queued", "Queued")
     run.kubernetes.admit(TRAIN)
     await run.react()  # before the Job controller has noticed
+    run.kubernetes.pods_per_step = 0  # which is busy with others
+    await run.run(MINUTE)
+    run.kubernetes.pods_per_step = 1
     await run.run(5 * MINUTE)
     assert run.outcome == ("Training", "Training")
 
@@ -80,8 +83,13 @@ async def test_gang_that_is_created_in_parts_trains() -> None:
     run.kubernetes.end_trainer(PREPARE, 0, PREPARED_MESSAGE)
     await run.run(2 * HOUR, MINUTE)
     run.kubernetes.pods_per_step = 1
+    await run.run(timedelta(seconds=20))
+    run.kubernetes.pods_per_step = 0
+    assert len(run.cluster.pods_of(TRAIN)) == 1
+    await run.run(20 * MINUTE)
+    run.kubernetes.pods_per_step = 1
     await run.run(2 * MINUTE)
-    assert run.outcome == ("Training", "Training")
+    assert (run.outcome, run.ends) == (("Training", "Training"), [None])
 
 
 async def test_partly_placed_gang_gives_its_node_back_at_startup_deadline() -> None:
@@ -367,3 +375,13 @@ async def test_run_is_followed_while_a_webhook_refuses_to_change_its_jobs() -> N
     await run.run(2 * MINUTE)
     assert run.cluster.children["Job", TRAIN]["spec"]["activeDeadlineSeconds"]
     assert "webhook" not in run.status["message"]
+
+
+async def test_total_is_enforced_although_the_deadline_of_the_job_may_not_be_set() -> None:
+    run = Simulation(deadlines={"total": "1h"})
+    run.cluster.update_error = AdmissionDeniedError("policy: frozen", permanent=False)
+    await run.prepare()
+    await run.run(HOUR + SAFETY_MARGIN + 3 * MINUTE)
+    assert (run.outcome, TRAIN in run.jobs) == (("Failed", "DeadlineExceeded"), False)
+    assert "(spec.deadlines.total), and Kubernetes did not stop Job" in run.status["message"]
+    assert run.kubernetes.ran <= HOUR + SAFETY_MARGIN + 2 * MINUTE
