@@ -17,7 +17,7 @@ from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import MODEL_FIELD
 
 _MAX_TEMPLATE_CHARACTERS: Final = 1_000_000
-"""Of a chat template: ten times those of the largest models, and a compilation of seconds."""
+"""Of a chat template: published ones have tens of thousands at most. Jinja takes seconds to compile so many."""
 _EMPTY_CHAT: Final = Chat(())
 _QUESTION: Final[Message] = {"role": "user", "content": "Hello"}
 
