@@ -17,13 +17,13 @@ _ROLES: Final = {
 """Role names in datasets, and the ones that chat templates use; a call in a message of its own is the assistant's."""
 _MAY_BE_EMPTY: Final = ("system", "tool")
 """Roles whose content may be empty: no instructions, and the result of a command that prints nothing."""
-_LABEL_FLAGS: Final = ("weight", "train", "loss")
-"""Fields of a message that say whether its answer is trained on: of OpenAI, axolotl and ms-swift."""
+_TURN_FLAGS: Final = ("train", "training", "train_on_turn")
+_LABEL_FLAGS: Final = ("weight", "loss", *_TURN_FLAGS)
+"""Fields of a message that say whether its answer is trained on: of OpenAI, ms-swift and axolotl."""
 _SYSTEM_FIELDS: Final = ("system", "system_prompt")
 """Fields of a row with the system message, as in ShareGPT datasets."""
 _MAX_MESSAGES: Final = 2000
 """Of a conversation: each answer is located by rendering all, so that the time is quadratic; 10 s for so many."""
-_MEDIA_FIELDS: Final = ("image", "images", "video", "videos", "audio", "audios")
 _MESSAGES_AS_TEXT: Final = re.compile(r'\s*\[\s*\{\s*"(role|content|from|value)"\s*:')
 _TEXT_PARTS: Final = ("text", "input_text", "output_text")
 
@@ -46,8 +46,6 @@ class _Turn(NamedTuple):
 
 def parse_chat(fields: Mapping[str, Any]) -> Chat:
     """Parse a row as a conversation, or raise RowError that names the invalid message."""
-    if field := next((field for field in _MEDIA_FIELDS if fields.get(field)), None):
-        raise RowError(f"field '{field}' has media, and only text is trained on; remove the row, or the field")
     name, found, untrained = _messages(fields)
     turns = [_parse_message(turn, f"{name}[{index}]") for index, turn in enumerate(found)]
     messages = tuple(turn.message for turn in turns)
@@ -69,7 +67,6 @@ def _messages(fields: Mapping[str, Any]) -> tuple[str, Sequence[Any], int]:
         return name, _as_list(fields[name], name), 0
     if not is_messages(fields.get("prompt")):
         raise RowError("field 'messages' (or 'conversations') is missing; add it")
-    check_wanted(fields)
     prompt = _as_list(fields["prompt"], "prompt")
     completion = fields.get("completion")
     if completion is None:
@@ -77,12 +74,6 @@ def _messages(fields: Mapping[str, Any]) -> tuple[str, Sequence[Any], int]:
     if isinstance(completion, str) and not completion.lstrip().startswith("["):
         completion = [{"role": "assistant", "content": completion}]
     return "prompt+completion", [*prompt, *_as_list(completion, "completion")], len(prompt)
-
-
-def check_wanted(fields: Mapping[str, Any]) -> None:
-    """Raise RowError if a completion is marked as one that a model should not write, as rows for KTO are."""
-    if fields.get("label") is False:
-        raise RowError("field 'label' is false, so its completion is an unwanted one; remove the row, or the field")
 
 
 def is_messages(prompt: Any) -> bool:
@@ -168,8 +159,8 @@ def _label_flag(turn: Mapping[str, Any], where: str, role: str) -> bool | None:
     for flag in given:
         if not isinstance(turn[flag], (bool, int, float)) or turn[flag] not in {0, 1}:
             raise RowError(f"{where}.{flag} is {turn[flag]!r}; write 0 (not learned) or 1")
-    if role != "assistant" and turn.get("train"):
-        raise RowError(f"{where}.train is true, and only answers of the assistant are learned; remove it")
+    if role != "assistant" and (asked := [flag for flag in _TURN_FLAGS if turn.get(flag)]):
+        raise RowError(f"{where}.{asked[0]} is true, and only answers of the assistant are learned; remove it")
     return all(turn[flag] for flag in given) if given else None
 
 

@@ -12,7 +12,7 @@ from qlora_trainer.data.chat_renderer import ChatRenderer, TemplateRejectionErro
 from qlora_trainer.data.render_process import RENDER_PROCESS, Call, RenderLimitError
 from qlora_trainer.data.rendered_fields import CLOSE
 from qlora_trainer.data.rows import MAX_TEXT_BYTES, Chat, Message, RowError
-from qlora_trainer.data.tokenization import Span, TokenRow, tokenize
+from qlora_trainer.data.tokenization import Span, TokenRow, tokenize, without_end_token
 from qlora_trainer.errors import RunError
 from qlora_trainer.storage.store import MODEL_FIELD
 
@@ -36,6 +36,11 @@ class ChatTemplate:
     """Reason of a run that the template ends."""
     tools_source: str = ""
     """The model's template for conversations with tools; empty if it has one for all."""
+
+    @property
+    def end_tokens(self) -> tuple[str, ...]:
+        """Return the texts of the tokens that may end an answer; none if the template puts none after it."""
+        return (self.stop_token, str(self.tokenizer.eos_token or self.stop_token)) if self.stop_token else ()
 
     def render_prompt(self, messages: Sequence[Message], chat: Chat = _EMPTY_CHAT) -> str:
         """Render messages with the generation prompt and the tools of `chat`, or raise RowError."""
@@ -110,6 +115,9 @@ def load_chat_template(tokenizer: Any, given: str | None, field: str = MODEL_FIE
         )
     try:
         text = template.render_answered((_QUESTION, {"role": "assistant", "content": CLOSE}))
+        tail = text.partition(CLOSE)[2]
+        stop_token = _first_special_token(tail, tokenizer)
+        _check_end(template, tail.partition(stop_token)[2] if stop_token else tail)
     except TemplateRejectionError as error:
         line = f"line {error.line}: " if error.line is not None else ""
         raise RunError(
@@ -119,7 +127,18 @@ def load_chat_template(tokenizer: Any, given: str | None, field: str = MODEL_FIE
         ) from error
     except RowError as error:  # too much text
         raise RunError(reason, f"{template.field}: with a question and an answer, {error}") from error
-    return replace(template, stop_token=_first_special_token(text.partition(CLOSE)[2], tokenizer))
+    return replace(template, stop_token=stop_token)
+
+
+def _check_end(template: ChatTemplate, rest: str) -> None:
+    """Raise RunError if the template begins another answer after the last: `rest` is what follows its stop token."""
+    if rest.strip() and template.render_prompt((_QUESTION,)).endswith(rest):
+        raise RunError(
+            template.reason,
+            f"{template.field}: the chat template ends every conversation with the generation prompt {rest!r}, which "
+            "would be learned as part of the answer; put it between {% if add_generation_prompt %} and {% endif %} "
+            "in spec.dataset.chatTemplate",
+        )
 
 
 _DEFAULT, _TOOL_USE = "default", "tool_use"
@@ -179,6 +198,7 @@ def encode_chats(
     Only validation rows need a prompt, and skipping the others saves half of the tokens.
     """
     flags = with_prompt or [True] * len(chats)
+    chats = [_without_end_tokens(chat, template) for chat in chats]
     rendered = template.render(chats, flags, loss)
     parts = [
         # An earlier part ends with an answer that is learned.
@@ -191,6 +211,20 @@ def encode_chats(
     ]
     encoded = (row for batch in _batches(parts) for row in _encode_parts(batch, template))
     return [item if isinstance(item, RowError) else _join_parts([next(encoded) for _ in item]) for item in rendered]
+
+
+def _without_end_tokens(chat: Chat, template: ChatTemplate) -> Chat:
+    """Return the conversation without end tokens that its answers have in their text, if the template adds its own."""
+    ends = template.end_tokens
+    if not ends or not any(end in message["content"] for message in chat.messages for end in ends):
+        return chat
+    messages = tuple(
+        {**message, "content": without_end_token(message["content"], ends)}
+        if message["role"] == "assistant"
+        else message
+        for message in chat.messages
+    )
+    return replace(chat, messages=messages)
 
 
 class _Part(NamedTuple):
@@ -280,9 +314,7 @@ def _token_span(offsets: Sequence[Span], turn: Span) -> Span:
 def _with_stop_token(ids: list[int], turns: list[Span], template: ChatTemplate) -> tuple[list[int], list[Span]]:
     """Make the end of the last answer a label: a model that never saw one does not stop."""
     tokenizer = template.tokenizer
-    stops = (
-        {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(template.stop_token)} if template.stop_token else set()
-    )
+    stops = {tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, template.end_tokens)}
     if turns and ids[turns[-1][1] - 1] in stops:
         return ids, turns
     end = len(ids)

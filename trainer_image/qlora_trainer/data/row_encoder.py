@@ -12,7 +12,7 @@ from qlora_api.v1alpha1 import RowFormat, TrainingSpec
 from qlora_trainer.data.chat_template import ChatTemplate, encode_chats
 from qlora_trainer.data.rows import MAX_TEXT_BYTES, Chat, Example, Row, RowError, Text
 from qlora_trainer.data.sources import LocatedRow, RowErrors, Source
-from qlora_trainer.data.tokenization import TokenRow, encode_examples, encode_texts
+from qlora_trainer.data.tokenization import TokenRow, encode_examples, encode_texts, without_end_token
 from qlora_trainer.errors import RunError
 
 BATCH_ROWS: Final = 1000
@@ -61,7 +61,8 @@ class RowEncoder:
     def _note_special_tokens(self, located: LocatedRow) -> None:
         if self._special_tokens is None:
             return
-        for text in _written(located.row, str(self.tokenizer.eos_token or "")):
+        ends = (str(self.tokenizer.eos_token or ""), *(self.chat.end_tokens if self.chat else ()))
+        for text in _written(located.row, ends):
             if found := self._special_tokens.search(text):
                 self.special.add(located.location, f"'{found[0]}'")
                 return
@@ -96,7 +97,7 @@ class RowEncoder:
         return encode_examples(cast("Sequence[Example]", rows), self.tokenizer, self.loss)
 
 
-def _written(row: Row, end: str) -> Iterator[str]:
+def _written(row: Row, ends: Sequence[str]) -> Iterator[str]:
     """Yield the texts of a row that are no part of a template: a prompt may be rendered by spec.dataset.template.
 
     An end-of-text token at the end of an answer is left out, as it is the one that is expected there.
@@ -104,9 +105,9 @@ def _written(row: Row, end: str) -> Iterator[str]:
     if isinstance(row, Chat):
         for message in row.messages:
             content = str(message["content"])
-            yield content.rstrip().removesuffix(end) if message["role"] == "assistant" else content
+            yield without_end_token(content, ends) if message["role"] == "assistant" else content
     elif isinstance(row, Example):
-        yield row.answer.rstrip().removesuffix(end)
+        yield without_end_token(row.answer, ends)
 
 
 @dataclass

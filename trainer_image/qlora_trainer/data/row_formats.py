@@ -6,9 +6,10 @@ from typing import Any, Final
 
 from qlora_api.units import MIB
 from qlora_api.v1alpha1 import RowFormat, RowTemplate
-from qlora_trainer.data.chat_messages import check_wanted, is_messages, parse_chat
+from qlora_trainer.data.chat_messages import is_messages, parse_chat
 from qlora_trainer.data.json_values import parse_json_text
 from qlora_trainer.data.rows import MAX_TEXT_BYTES, Example, Row, RowError, Text, check_size, text_of
+from qlora_trainer.data.unsupported_fields import check_supported
 
 _FORMAT_FIELDS: Final[tuple[tuple[str, RowFormat], ...]] = (
     ("messages", "chat"),
@@ -51,6 +52,7 @@ def parse_row(fields: Mapping[str, Any], row_format: RowFormat, template: RowTem
     """Parse the fields of a row, or raise RowError that names the invalid field."""
     if template is not None:
         return check_size(Example(fill(template.prompt, fields, "prompt"), fill(template.answer, fields, "answer")))
+    check_supported(fields, row_format)
     return check_size(_PARSERS[row_format](fields))
 
 
@@ -135,7 +137,6 @@ def fill(template: str, fields: Mapping[str, Any], part: str) -> str:
 
 
 def _parse_completion(fields: Mapping[str, Any]) -> Example:
-    check_wanted(fields)
     return Example(text_of(fields, "prompt"), text_of(fields, "completion"))
 
 

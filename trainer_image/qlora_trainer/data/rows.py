@@ -63,13 +63,18 @@ def text_of(fields: Mapping[str, Any], name: str, *, blank: bool = False, within
     if not isinstance(value, str):
         shown = f" ({value})" if isinstance(value, (int, float)) else ""
         raise RowError(f"{label} is {kind_of(value)}{shown}, not text; write a string")
-    if not blank and not value.strip():
+    if not blank and not any(map(_is_visible, value)):
         raise RowError(f"{label} is empty; fill it, or remove the row")
     try:
         size_of(value)
     except RowError as error:
         raise RowError(f"{label} {error}") from error
     return value
+
+
+def _is_visible(character: str) -> bool:
+    """Return whether a character is neither white space nor one without a glyph, such as a zero-width space."""
+    return not character.isspace() and unicodedata.category(character) not in {"Cc", "Cf"}
 
 
 Message: TypeAlias = Mapping[str, Any]

@@ -48,19 +48,21 @@ class TokenRow:
 def encode_examples(examples: Sequence[Example], tokenizer: Any, loss: str) -> list[TokenRow]:
     """Encode prompts and answers; labels are the answer and the end-of-text token, or all tokens with loss `all`."""
     prompts = prompt_ids([example.prompt for example in examples], tokenizer)
-    texts = prompt_ids([example.prompt + example.answer for example in examples], tokenizer)
+    ends = (tokenizer.eos_token or "",)
+    answers = [without_end_token(example.answer, ends) for example in examples]
+    texts = prompt_ids([example.prompt + answer for example, answer in zip(examples, answers, strict=True)], tokenizer)
     rows = []
-    for example, prompt, text in zip(examples, prompts, texts, strict=True):
+    for example, answer, prompt, text in zip(examples, answers, prompts, texts, strict=True):
         # A token may span the boundary; prompt and full text then differ before the prompt ends, and it is a label.
         first = 1 if loss == "all" else max(common_prefix_length(prompt, text), 1)
         ids = (*text, tokenizer.eos_token_id)
-        rows.append(TokenRow(ids, ((first, len(ids)),), tuple(prompt), example.prompt, example.answer))
+        rows.append(TokenRow(ids, ((first, len(ids)),), tuple(prompt), example.prompt, answer))
     return rows
 
 
 def encode_texts(texts: Sequence[Text], tokenizer: Any) -> list[TokenRow]:
     """Encode plain texts; all tokens but the first are labels, and so is the end-of-text token."""
-    encoded = prompt_ids([text.text for text in texts], tokenizer)
+    encoded = prompt_ids([without_end_token(text.text, (tokenizer.eos_token or "",)) for text in texts], tokenizer)
     return [TokenRow((*ids, tokenizer.eos_token_id), ((1, len(ids) + 1),)) for ids in encoded]
 
 
@@ -68,6 +70,16 @@ def prompt_ids(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Tokenize texts with the tokenizer's start token, exactly once, and without an end-of-text token."""
     encoded: list[list[int]] = tokenize(tokenizer, texts, add_special_tokens=True)["input_ids"]
     return [_without_end(_single_start(ids, tokenizer), tokenizer) for ids in encoded]
+
+
+def without_end_token(text: str, ends: Sequence[str]) -> str:
+    """Return a text without the end token that it was written with, and the white space after it.
+
+    Datasets for other trainers have it in their answers, and here it is added: the row would end twice.
+    """
+    written = text.rstrip()
+    rest = next((written.removesuffix(end) for end in ends if end and written.endswith(end)), "")
+    return rest if rest.strip() else text
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], **options: Any) -> Any:

@@ -225,6 +225,11 @@ def test_given_chat_template_overrides_the_models_own(tokenizer):
         ("{% for m in messages %}\n{{ m.content }}", "line 2: Unexpected end of template"),
         ("{{ messages[0].content + 1 }}", "can only concatenate"),
         ("{{ raise_exception('never') }}", "never"),
+        (
+            CHATML.partition("{% if add")[0] + "<|im_start|>assistant\n",
+            "ends every conversation with the generation pro",
+        ),
+        (BARE.partition("{% if add")[0] + "assistant: ", "ends every conversation with the generation prompt"),
     ],
 )
 def test_chat_template_that_cannot_render_is_refused(tokenizer, source, message):

@@ -207,12 +207,60 @@ def test_special_tokens_in_the_text_of_rows_are_reported(tmp_path, row, said):
     assert bool(found) is said
 
 
-def test_answer_with_weight_zero_is_context_only(tmp_path):
+@pytest.mark.parametrize("flag", ["weight", "loss", "train", "training", "train_on_turn"])
+def test_answer_with_weight_zero_is_context_only(tmp_path, flag):
     messages = chat("q", "WRONG", "again", "RIGHT")["messages"]
-    messages[1]["weight"] = 0
+    messages[1][flag] = 0
     tokenized = TokenizedRows(tmp_path, {"x.jsonl": lines({"messages": messages}, chat("q2", "fine"))})
     assert tokenized.labels == ["RIGHT⏎", "fine⏎"]
     assert "WRONG" in tokenized.text
+
+
+@pytest.mark.parametrize("end", ["</s>", "</s>\n", " </s>"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(lambda number, end: {"prompt": f"q{number}", "completion": f"a{number}{end}"}, id="completion"),
+        pytest.param(lambda number, end: chat(f"q{number}", f"a{number}{end}"), id="chat"),
+        pytest.param(lambda number, end: {"text": f"ta{number}{end}"}, id="text"),
+    ],
+)
+def test_row_whose_answer_has_the_end_token_ends_once(tmp_path, row, end):
+    tokenized = TokenizedRows(tmp_path, {"x.jsonl": lines(row(1, end), row(2, end))})
+    assert [label.replace(" ", "") for label in tokenized.labels] == ANSWERS[:2]
+    assert not [note for note in tokenized.notes if "special tokens" in note]
+
+
+def test_answer_with_the_end_token_ends_once_where_the_template_adds_none(tmp_path):
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant {% endif %}"
+    row = chat("q1", "a1</s>", "q2", "a2</s>")
+    tokenized = TokenizedRows(tmp_path, {"x.jsonl": lines(row, chat("q", "a3"))}, template)
+    assert tokenized.labels == ANSWERS[:3]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"weight": 1, "label": True, "loss": 0.7, "train": True},
+        {"weight": "2.5 kg", "label": 0, "loss": None, "tools": None, "chat_template_kwargs": {}},
+        {
+            "images": [],
+            "image": None,
+            "tools": [],
+            "functions": "[]",
+            "chat_template_kwargs": {"enable_thinking": None},
+        },
+    ],
+)
+def test_fields_that_change_nothing_are_ignored(tmp_path, fields):
+    rows = [alpaca(number, **fields) for number in (1, 2)]
+    assert TokenizedRows(tmp_path, {"x.jsonl": lines(*rows)}).labels == ANSWERS[:2]
+
+
+def test_labeled_text_is_read(tmp_path):
+    rows = [{"text": f"ta{number}", "label": False} for number in (1, 2)]
+    assert TokenizedRows(tmp_path, {"x.jsonl": lines(*rows)}).labels == ANSWERS[:2]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +271,37 @@ def test_answer_with_weight_zero_is_context_only(tmp_path):
         pytest.param(lines({"prompt": "q", "chosen": "a", "rejected": "b"}), "the preference fields", id="dpo-prompt"),
         pytest.param(lines(prompt_and_completion(1) | {"label": False}), "field 'label' is false", id="kto-messages"),
         pytest.param(lines({"prompt": "q", "completion": "a", "label": False}), "field 'label' is false", id="kto"),
+        pytest.param(lines(chat("q", "a") | {"label": False}), "field 'label' is false", id="kto-chat"),
+        pytest.param(lines(alpaca(1, label=False)), "field 'label' is false", id="kto-instruction"),
+        pytest.param(lines(alpaca(1, kto_tag=False)), "field 'kto_tag' is false", id="kto-tag"),
+        pytest.param(lines(alpaca(1, weight=0)), "field 'weight' is 0, and rows have no weights", id="row-weight-0"),
+        pytest.param(lines(chat("q", "a") | {"weight": 0.5}), "field 'weight' is 0.5", id="row-weight-half"),
+        pytest.param(lines(alpaca(1, weight="0.0")), "field 'weight' is 0.0", id="row-weight-text"),
+        pytest.param(lines(chat("q", "a") | {"train": False}), "field 'train' is False", id="row-flag"),
+        pytest.param(lines(alpaca(1, images=["x.png"])), "field 'images' has media", id="images-of-instruction"),
+        pytest.param(
+            lines({"prompt": "q", "completion": "a", "image": "x"}), "'image' has media", id="image-of-completion"
+        ),
+        pytest.param(lines({"text": "t", "videos": ["x.mp4"]}), "field 'videos' has media", id="videos-of-text"),
+        pytest.param(
+            lines({"prompt": "q", "completion": "a", "system": "s"}),
+            "field 'system' has no place in completion rows",
+            id="system-of-completion",
+        ),
+        pytest.param(
+            lines({"prompt": "q", "completion": "a", "history": [["q0", "a0"]]}),
+            "field 'history' has no place in completion rows",
+            id="history-of-completion",
+        ),
+        pytest.param(
+            lines(alpaca(1, tools=[TOOL])), "field 'tools' has no place in instruction rows", id="tools-of-instruction"
+        ),
+        pytest.param(
+            lines(chat("q", "a") | {"chat_template_kwargs": {"enable_thinking": False}}),
+            "field 'chat_template_kwargs' is not passed to the chat template",
+            id="template-arguments",
+        ),
+        pytest.param(lines(alpaca(1, output="\u200b\ufeff")), "field 'output' is empty", id="invisible-output"),
         pytest.param(lines(calling({})).replace(b'"weather"', b'"w\\ud83d"'), "half a character", id="half-emoji-tool"),
         pytest.param(lines(chat("q\ud83d", "a"), chat("q", "a")), "half a character", id="half-emoji"),
         pytest.param(lines(alpaca(1), alpaca(2, output=42)), "field 'output' is a number", id="number"),

@@ -59,7 +59,7 @@ def test_prompt_has_exactly_one_start_token(prompt):
 class SeamTokenizer:
     """Joins 'a' at the end of a prompt with 'b' at the start of an answer into one token."""
 
-    bos_token_id, eos_token_id = None, 9
+    bos_token_id, eos_token_id, eos_token = None, 9, "</s>"
 
     def __call__(self, texts, add_special_tokens):  # noqa: ARG002 (the real signature)
         return {"input_ids": [[3 if part == "#" else ord(part) for part in text.replace("ab", "#")] for text in texts]}

@@ -27,7 +27,7 @@ WORD_LENGTHS = (1, 2, 3, 40, 50)
 class WordTokenizer:
     """One token per word."""
 
-    bos_token_id, eos_token_id = None, 0
+    bos_token_id, eos_token_id, eos_token = None, 0, "</s>"
 
     def __call__(self, texts, add_special_tokens):  # noqa: ARG002 (the real signature)
         return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
