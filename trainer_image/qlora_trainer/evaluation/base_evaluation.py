@@ -9,7 +9,7 @@ from qlora_api.units import KIB, MIB
 from qlora_trainer.data.tokenization import TokenRow
 from qlora_trainer.evaluation.evaluator import EvaluationResult, RowStatistics
 from qlora_trainer.evaluation.lm_eval_tasks import TaskMetric
-from qlora_trainer.storage.store import MissingObjectError, Store, sha256_of
+from qlora_trainer.storage.store import MissingObjectError, Store, is_unavailable, sha256_of
 
 BASE_EVALUATION: Final = "base-evaluation"
 """Name of the folder, which is among the checkpoints and deleted with them."""
@@ -82,13 +82,18 @@ class BaseEvaluationStore:
             rows: The validation set.
             trusted: SHA-256 that the file must have; None if none is known, so that any is accepted.
 
+        Raises:
+            RunError: The store failed; nothing that may be there is evaluated again.
+
         """
         try:
             content = self._output.read(self._path, _MAX_BYTES + _MAX_ROW_BYTES * len(rows))
             found = self._parse(content, rows, trusted)
         except MissingObjectError:
             return None
-        except Exception as error:  # others write here too, and pydantic and stores raise many types
+        except Exception as error:  # others write here too, and pydantic raises many types
+            if is_unavailable(error):
+                raise
             self._note(f"the base is evaluated again, {self._output.root}/{self._path} is not used: {error}")
             return None
         self.digest = sha256_of(content)

@@ -11,6 +11,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Final
 
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
 from s3transfer.utils import S3_RETRYABLE_DOWNLOAD_ERRORS
@@ -59,8 +60,8 @@ _CONFLICT_WAIT_SECONDS: Final = 0.5
 _REQUEST_ATTEMPTS: Final = 8
 """Attempts per request. A run makes hundreds of requests: if 30 % fail, four attempts lose one in a hundred, eight one
 in 10,000. With boto3's back-off, an unreachable endpoint fails after about a minute."""
-_READ_ATTEMPTS: Final = 5
-"""Attempts to read an object whose content breaks off, as many as for boto3's own downloads."""
+_READ_ATTEMPTS: Final = _REQUEST_ATTEMPTS
+"""Attempts to read an object whose content breaks off, which boto3 counts apart from those of a request."""
 _DIGEST_METADATA: Final = "sha256"
 """User metadata with the SHA-256, for servers that store no checksums."""
 
@@ -164,7 +165,10 @@ class S3Store:
             target.parent.mkdir(parents=True, exist_ok=True)
             with self._translating_errors(path):
                 client, key = self._client, self._key(path)
-                client.download_file(self._bucket, key, str(target), Callback=lambda _: LIVENESS.tick())
+                settings = TransferConfig(num_download_attempts=_READ_ATTEMPTS)
+                client.download_file(
+                    self._bucket, key, str(target), Callback=lambda _: LIVENESS.tick(), Config=settings
+                )
         except (FileExistsError, IsADirectoryError, NotADirectoryError) as error:
             message = f"{self._field_ref.field}: {self.root}/{path} is an object and a folder; rename one of them"
             raise RunError(self._field_ref.not_found, message) from error

@@ -1,5 +1,6 @@
 """Interface of the stores for data and results: s3://, file://, and pvc:// for reading."""
 
+import errno
 import hashlib
 import logging
 import re
@@ -53,6 +54,20 @@ class MissingObjectError(RunError):
 
 class ObjectTooLargeError(RunError):
     """The object is larger than anything that is expected at its path."""
+
+
+_UNAVAILABLE: Final = frozenset({Reason.S3_UNAVAILABLE, Reason.S3_DENIED})
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM})
+
+
+def is_unavailable(error: Exception) -> bool:
+    """Return whether a read failed for what says nothing about the object: the store, credentials, memory or a disk.
+
+    The object may be intact, so that nobody may do without it: the run ends, and a further attempt reads it.
+    """
+    if isinstance(error, RunError):
+        return error.reason in _UNAVAILABLE
+    return isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _NO_ROOM)
 
 
 @dataclass(frozen=True)

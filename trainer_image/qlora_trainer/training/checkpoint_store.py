@@ -24,7 +24,7 @@ from qlora_trainer.storage.listed_files import describe_files, download_listed
 from qlora_trainer.storage.results import (
     MANIFEST,
 )
-from qlora_trainer.storage.store import Store, sha256_of
+from qlora_trainer.storage.store import Store, is_unavailable, sha256_of
 from qlora_trainer.training.checkpoint_manifest import CheckpointId, CheckpointManifest, Digests, check_digest
 from qlora_trainer.training.state import FlatState, History, TrainingState
 
@@ -133,8 +133,8 @@ class CheckpointStore:
             None if the run starts from step 0.
 
         Raises:
-            RunError: The checkpoints cannot be listed. A checkpoint that cannot be loaded, whatever is wrong with it,
-                is logged and skipped.
+            RunError: The store failed, so that an intact checkpoint may be there. One with anything wrong in it is
+                logged and skipped.
 
         """
         folders, trusted = self._folders(), self._trusted_digests(reported)
@@ -146,6 +146,8 @@ class CheckpointStore:
             try:
                 found = self._load_folder(name, folders[name], trusted)
             except Exception as error:  # others write here too, and pydantic, safetensors and torch raise many types
+                if is_unavailable(error):
+                    raise
                 self._callbacks.note(f"checkpoint {self._folder}/{name} skipped: {error}")
                 continue
             step = found.checkpoint_id.step

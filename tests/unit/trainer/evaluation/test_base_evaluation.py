@@ -4,15 +4,18 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from qlora_api.reasons import Reason
 from qlora_api.report import RunReport
 from qlora_api.runconfig import RunConfig
 from qlora_api.v1alpha1 import Checkpoint, EvaluationSpec
 from qlora_trainer import run as run_module
 from qlora_trainer import stages
 from qlora_trainer.distributed.world import World
+from qlora_trainer.errors import RunError
 from qlora_trainer.evaluation import evaluator as evaluator_module
 from qlora_trainer.evaluation.base_evaluation import BaseEvaluationStore, EvaluationFingerprint
 from qlora_trainer.evaluation.evaluator import BROKEN_BASE_HINT, EvaluationResult, Evaluator, RowStatistics
@@ -164,6 +167,16 @@ def test_evaluation_of_other_settings_is_not_used(tmp_path, changes, rows, messa
     store, notes = make_store(tmp_path, **changes)
     assert store.load(rows, None) is None
     assert message in notes[0]
+
+
+def test_evaluation_that_cannot_be_read_now_is_not_repeated(tmp_path, monkeypatch):
+    make_store(tmp_path)[0].save(RESULT)
+    failure = RunError(Reason.S3_UNAVAILABLE, "spec.output.uri: GetObject fails with 503")
+    monkeypatch.setattr(FileStore, "read", Mock(side_effect=failure))
+    store, notes = make_store(tmp_path)
+    with pytest.raises(RunError, match="fails with 503"):
+        store.load(ROWS, None)
+    assert notes == []
 
 
 def test_evaluation_that_cannot_be_written_does_not_end_the_run(tmp_path):

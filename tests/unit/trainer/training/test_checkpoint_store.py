@@ -1,6 +1,7 @@
 """Checkpoints: content, resuming bit for bit, and how broken ones are skipped."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import Mock
 
 import boto3
 import pytest
@@ -372,6 +374,26 @@ def test_load_latest_skips_broken_checkpoints(saved, tmp_path, broken: Callable[
     assert found.checkpoint_id.step == found.state.step == 4
     assert "step-000005-a1 skipped: " in notes[0]
     assert notes[1].startswith("resumed from step 4, checkpoint file://")
+
+
+@pytest.mark.parametrize("method", ["list", "read", "download"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RunError(Reason.S3_UNAVAILABLE, "spec.output.uri: GetObject fails with 503"),
+        RunError(Reason.S3_DENIED, "spec.output.uri: GetObject is refused (ExpiredToken)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        MemoryError(),
+    ],
+    ids=["unavailable", "denied", "no-space", "no-memory"],
+)
+def test_checkpoint_that_cannot_be_read_now_is_not_skipped(saved, monkeypatch, method, error):
+    """An intact checkpoint may be there: the next attempt resumes from it, and nothing is trained twice."""
+    monkeypatch.setattr(FileStore, method, Mock(side_effect=error))
+    checkpoints, notes = make_checkpoints(saved)
+    with pytest.raises(type(error)):
+        checkpoints.load_latest()
+    assert notes == []
 
 
 @pytest.mark.usefixtures("stop")
