@@ -51,9 +51,13 @@ async def run(settings: Settings) -> None:
     review_api = Api(configuration, is_leader, renew_credentials, metrics.on_api_call)
     controller = Controller(settings, api, metrics, clock.now, review_api)
     metrics.track_work(controller.is_working)
-    async with serve_health(settings.health_port, controller.unhealthy_reason, metrics.render), leadership(elector):
-        await compare_clocks(clock, api)
-        await run_kopf(settings, configuration, controller)
+    try:
+        async with serve_health(settings.health_port, controller.unhealthy_reason, metrics.render), leadership(elector):
+            await compare_clocks(clock, api)
+            await run_kopf(settings, configuration, controller)
+    finally:
+        # kopf leaves its watches to be closed with the loop, and asyncio would log what they raise then.
+        logging.getLogger("asyncio").disabled = True
 
 
 async def compare_clocks(clock: ServerClock, api: Api) -> None:
@@ -97,8 +101,6 @@ def main() -> int:
             asyncio.run(run(settings))
     except Exception as error:
         _log.error("fatal error, exiting: %s", error, exc_info=True)
-        # kopf ends all watches when one fails; their tasks would log that after the handlers are closed.
-        logging.getLogger("asyncio").disabled = True
         return 1
     return 0
 

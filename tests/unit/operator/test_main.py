@@ -4,12 +4,47 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from tests.cluster.host.addresses import free_ports
 
+OPERATOR: Final = ("-m", "qlora_operator")
+LEFT_OPEN: Final = """
+import sys
+from unittest.mock import patch
+from qlora_operator import __main__ as operator
 
-def start(kubeconfig: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+async def watch():
+    try:
+        yield
+    finally:
+        raise RuntimeError("generator didn't stop after athrow()")
+
+async def run_kopf(*_):
+    global left
+    left = watch()
+    await anext(left)
+
+async def do_nothing(*_):
+    pass
+
+with patch.object(operator, "run_kopf", run_kopf), patch.object(operator, "compare_clocks", do_nothing):
+    sys.exit(operator.main())
+"""
+"""An operator whose kopf leaves a watch open when it ends, and the watch raises when it is closed."""
+KUBECONFIG: Final = {
+    "current-context": "test",
+    "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
+    "clusters": [{"name": "test", "cluster": {"server": "http://127.0.0.1:1"}}],
+    "users": [{"name": "test", "user": {}}],
+}
+
+
+def start(
+    kubeconfig: Path, arguments: Sequence[str] = OPERATOR, **environment: str
+) -> subprocess.CompletedProcess[str]:
     progress, health = free_ports(2)
     settings = {
         "KUBECONFIG": str(kubeconfig),
@@ -19,7 +54,7 @@ def start(kubeconfig: Path, **environment: str) -> subprocess.CompletedProcess[s
         "QLORA_PROGRESS_PORT": str(progress),
         "QLORA_HEALTH_PORT": str(health),
     }
-    command = [sys.executable, "-m", "qlora_operator"]
+    command = [sys.executable, *arguments]
     return subprocess.run(command, env=settings | environment, capture_output=True, text=True, check=False, timeout=60)
 
 
@@ -38,3 +73,10 @@ def test_fatal_error_is_last_log_line(tmp_path: Path) -> None:
     assert (last["level"], last["logger"]) == ("error", "qlora_operator")
     assert last["message"].startswith("fatal error, exiting: ")
     assert "Traceback" in last["exception"]
+
+
+def test_watch_that_kopf_left_open_is_no_error_of_a_normal_end(tmp_path: Path) -> None:
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(json.dumps(KUBECONFIG))
+    ended = start(kubeconfig, ("-c", LEFT_OPEN))
+    assert (ended.returncode, ended.stderr) == (0, "")
