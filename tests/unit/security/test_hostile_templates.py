@@ -2,17 +2,21 @@
 
 import itertools
 import os
+import signal
+import subprocess
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
+from unittest.mock import Mock
 
 import pytest
 
 from qlora_api.reasons import Reason
+from qlora_trainer.data.chat_renderer import ChatRenderer
 from qlora_trainer.data.chat_template import ChatTemplate, encode_chats, end_of_turn_token, load_chat_template
 from qlora_trainer.data.render_process import RENDER_PROCESS
 from qlora_trainer.data.rows import Chat, RowError
 from qlora_trainer.data.tokenization import TokenRow
-from qlora_trainer.errors import RunError
+from qlora_trainer.errors import RunError, StopRequested
 from tests.unit.trainer.tiny import make_tokenizer
 
 TIME: Final = "the chat template did not end within 3 s of CPU time; correct it"
@@ -176,6 +180,25 @@ def test_template_without_bound_costs_generation_its_limit_once(monkeypatch: pyt
     assert end_of_turn_token(hostile) is None
     monkeypatch.setattr(RENDER_PROCESS, "render", None)
     assert end_of_turn_token(hostile) is None
+
+
+class InterruptedStart(subprocess.Popen[bytes]):
+    """A child whose parent gets SIGTERM while it waits for it."""
+
+    started: ClassVar[list["InterruptedStart"]] = []
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.stdout = Mock(wraps=self.stdout, readline=Mock(side_effect=StopRequested))
+        self.started.append(self)
+
+
+def test_child_of_a_run_that_is_stopped_meanwhile_does_not_outlive_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    RENDER_PROCESS.close()
+    monkeypatch.setattr(subprocess, "Popen", InterruptedStart)
+    with pytest.raises(StopRequested):
+        RENDER_PROCESS.render(ChatRenderer(HARMLESS, {}, ""), [])
+    assert [child.returncode for child in InterruptedStart.started] == [-signal.SIGKILL]
 
 
 def test_template_sees_no_variable_of_the_run(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:

@@ -92,12 +92,7 @@ class RenderProcess:
         """End the child process."""
         child, self._child = self._child, None
         if child is not None:
-            child.kill()
-            child.wait()
-            for stream in (child.stdin, child.stdout):
-                if stream is not None:
-                    with contextlib.suppress(OSError):  # flushes into a pipe that nobody reads any more
-                        stream.close()
+            _end(child)
 
     def _exchange(self, request: bytes, calls: Sequence[bytes | None]) -> Iterator[dict[str, Any]]:
         if self._child is None or self._child.poll() is not None:
@@ -136,9 +131,23 @@ def _start() -> subprocess.Popen[bytes]:
         cwd="/",
         start_new_session=True,  # Ctrl-C is for the parent
     )
-    if child.stdout is None or child.stdout.readline() != _READY:
+    try:
+        line = child.stdout.readline() if child.stdout is not None else b""
+    except BaseException:  # SIGTERM too: nobody else knows the child yet
+        _end(child)
+        raise
+    if line != _READY:
         raise RuntimeError(f"the process that renders chat templates ended with exit code {child.wait()}; see above")
     return child
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.wait()
+    for stream in (child.stdin, child.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):  # flushes into a pipe that nobody reads any more
+                stream.close()
 
 
 RENDER_PROCESS: Final = RenderProcess()
