@@ -13,6 +13,10 @@ from qlora_planner.models.shapes import Linear, ModelShape
 
 _RANDOM_STATE: Final = 5056
 """Bytes of torch.get_rng_state() on a CPU; a GPU's has 16."""
+_GELU_WITH_POWER: Final = frozenset({"gelu_accurate", "gelu_new", "gelu_python_tanh"})
+_GELU_WITH_PRODUCT: Final = "gelu_fast"
+_GELU_WITH_SIGMOID: Final = "quick_gelu"
+"""Activations that transformers 5.23 computes in Python, each operation saving what its backward needs."""
 
 
 @dataclass
@@ -138,13 +142,31 @@ class Decoder:
         return self._linear(record.multiply(gate, self._linear(x, "up_proj")), "down_proj")
 
     def _activation(self, x: Tensor) -> Tensor:
+        """Record one kernel, or the operations of a function that transformers computes in Python (activations.py)."""
+        name = self.shape.mlp.activation
+        if name in _GELU_WITH_POWER:
+            return self._gelu_with_power(x)
+        if name == _GELU_WITH_PRODUCT:
+            return self._gelu_with_product(x)
+        if name == _GELU_WITH_SIGMOID:
+            return self.record.multiply(x, self.record.unary_saving_output(self.record.scale(x)))
+        return self.record.unary_saving_input(x)
+
+    def _gelu_with_power(self, x: Tensor) -> Tensor:
+        """Record 0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3))).
+
+        CUDA's autocast computes powers in fp32, and so what follows.
+        """
         record = self.record
-        if self.shape.mlp.activation != "gelu_new":
-            return record.unary_saving_input(x)
-        # 0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3))) in Python, where CUDA's autocast
-        # computes powers in fp32, and so what follows.
         powered = record.cast(x, FP32) if self.config.device != "cpu" and self.config.autocast else x
         inner = record.scale(record.add(x, record.scale(record.power(powered))))
+        return record.multiply(record.scale(x), record.scale(record.unary_saving_output(inner)))
+
+    def _gelu_with_product(self, x: Tensor) -> Tensor:
+        """Record 0.5 * x * (1 + tanh(c * x * (1 + 0.044715 * x * x)))."""
+        record = self.record
+        square = record.scale(record.multiply(record.scale(x), x))
+        inner = record.multiply(record.scale(x), square)
         return record.multiply(record.scale(x), record.scale(record.unary_saving_output(inner)))
 
     def _linear(self, x: Tensor, *names: str) -> Tensor:

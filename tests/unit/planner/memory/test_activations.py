@@ -87,3 +87,18 @@ def test_estimate_of_largest_checkpointed_model_is_fast():
     shape = read_shape(json.loads((CONFIGS / "llama-2-70b.json").read_text()))
     kept = estimate_activations(shape, replace(DEFAULT_CONFIG, checkpointing=True)).saved
     assert kept >= 80 * BATCH.tokens * shape.hidden * HALF
+
+
+@pytest.mark.parametrize(
+    ("activation", "saved"),
+    [("gelu", 1), ("gelu_new", 4), ("gelu_fast", 7), ("quick_gelu", 2)],
+)
+def test_activation_computed_in_python_saves_every_factor(activation, saved):
+    """GPT-NeoX-20B has gelu_fast; its inputs are fp32 after a layer norm under CUDA's autocast."""
+    config = json.loads((CONFIGS / "gpt-neox-20b.json").read_text())
+    setting = replace(DEFAULT_CONFIG, ranks={"attention.query_key_value": 16})
+    of_one, of_activation = (
+        estimate_activations(read_shape(config | {"hidden_act": name}), setting).saved for name in ("gelu", activation)
+    )
+    mlp = config["num_hidden_layers"] * BATCH.tokens * config["intermediate_size"] * FP32
+    assert of_activation - of_one == pytest.approx((saved - 1) * mlp, rel=0.03)  # the first layer saves less
