@@ -75,9 +75,9 @@ def test_second_installation_leaves_the_namespace_and_takes_over_when_the_first_
     job_namespace.submit()
     wait_for_claim(job_namespace, "support-bot", "first")
     second = start("second")
+    message = wait_until_left(second, namespace, "first")
     job_namespace.submit("another")
     wait_for_claim(job_namespace, "another", "first")
-    message = wait_until_left(second, namespace, "first")
     assert (is_served(first, namespace), is_served(second, namespace)) == (True, False)
     assert second.healthy()
     events = [event for event in job_namespace.items("events") if event["reason"] == INSTALLATION_REASON]
