@@ -75,10 +75,11 @@ def _describe(name: str, error: ValidationError) -> str:
 
 def _check_namespace(found: RawClass, namespace: str, labels: Mapping[str, str] | None) -> None:
     allowed = ClassNamespaces.model_validate(found.spec.get("namespaces") or {})
-    if allowed.allow(namespace, labels or {}):
+    unknown = allowed.selector is not None and labels is None  # which no selector matches, DoesNotExist neither
+    if namespace in allowed.names if unknown else allowed.allow(namespace, labels or {}):
         return
     cause = f"{CLASS_KIND} {found.name} is not for namespace {namespace}"
-    if allowed.selector is not None and labels is None:
+    if unknown:
         cause = (
             f"{cause}: the operator may not read its labels (get namespaces), so that only spec.namespaces.names count"
         )

@@ -205,6 +205,17 @@ async def test_selector_needs_the_labels_of_the_namespace(labels: dict[str, str]
     assert class_of(cluster, TRAIN) == "team-a"
 
 
+@pytest.mark.parametrize("operator", ["DoesNotExist", "NotIn"])
+async def test_unknown_labels_match_no_selector(operator: str) -> None:
+    requirement = {"key": "restricted", "operator": operator, "values": ["yes"] if operator == "NotIn" else []}
+    selector = {"matchExpressions": [requirement]}
+    cluster = submit(make_class(namespaces={"selector": selector}), className="team-a")
+    cluster.namespace = None
+    await reconcile_until_stable(cluster)
+    assert cluster.status["reason"] == Reason.CLASS_NOT_READY
+    assert "may not read its labels" in cluster.status["message"]
+
+
 async def test_without_the_right_to_list_classes_only_runs_that_name_one_wait() -> None:
     cluster = submit(className="team-a")
     cluster.classes = Classes(unreadable="the operator has no right; bind it")
