@@ -34,7 +34,7 @@ def is_cut(text: str) -> bool:
     line = text.strip().rpartition("\n")[2]
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return _parse_cut(line) is not None
     return False
 
@@ -68,7 +68,9 @@ def _with_unknown_reason(text: str, error: ValidationError) -> TerminationMessag
 def _parse_cut(text: str) -> TerminationMessage | None:
     """Parse what is complete of a message that was cut; it begins with the reason."""
     members = _read_members(text)
-    return _parse(json.dumps(members)) if "reason" in members else None
+    with suppress(RecursionError):
+        return _parse(json.dumps(members)) if "reason" in members else None
+    return None
 
 
 def _read_members(text: str) -> dict[str, Any]:

@@ -70,3 +70,11 @@ def test_message_of_an_earlier_trainer_that_was_cut_is_read() -> None:
     message = parse_termination_message(text[: text.index("uri")])
     assert message is not None
     assert (message.reason, message.message, message.step, message.checkpoint) == (Reason.S3_DENIED, "no", 3, None)
+
+
+@pytest.mark.parametrize("depth", [500, 990, 993, 1500, 1950])
+@pytest.mark.parametrize("closed", [True, False])
+def test_deeply_nested_message_is_no_exception(depth: int, closed: bool) -> None:
+    text = '{"reason": "TrainerError", "message": "x", "foo": ' + "[" * depth + ("]" * depth + "}" if closed else "")
+    parse_termination_message(text)
+    assert is_cut(text) in {True, False}
